@@ -1,0 +1,38 @@
+# A bare `make` lists the targets.
+PYTHON ?= python3
+JOB    ?= jobs/digits_mlp.yaml
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train-local test check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready ## make .venv with everything in it
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -m venv .venv || { echo "on Debian and Ubuntu: sudo apt-get install python3-venv"; exit 2; }
+	@echo "installing into .venv; this takes a minute"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train-local: setup ## train on this machine: JOB=jobs/digits_mlp.yaml
+	@$(BIN)/toolkit train $(JOB)
+
+test: setup ## run every test this machine can run
+	@$(BIN)/pytest
+
+check: setup ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup ## measure speed beside hand-written loops
+	@$(BIN)/python tests/benchmarks/steps.py
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

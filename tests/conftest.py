@@ -1,0 +1,112 @@
+"""What tests share: the command as a user types it, in a folder of its own, and the weights a run ends with."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+DIGITS = """
+task: classification
+data:
+  train: {name: digits}
+  val:   {fraction: 0.1}
+  test:  {name: digits, args: {split: test}}
+  global_batch_size: 32
+model:     {name: mlp, args: {hidden: [32]}}
+optimizer: {name: adamw, args: {lr: 3e-3}}
+schedule:  {name: cosine, args: {warmup_steps: 5}}
+train:     {max_steps: 40, clip_grad_norm: 1.0}
+checkpoint: {every_steps: 10}
+"""
+
+
+@dataclass
+class Workplace:
+    """A new folder with `jobs/` in it, and the `toolkit` command run there."""
+
+    folder: Path
+
+    def write(self, name: str, text: str) -> str:
+        (self.folder / name).write_text(text)
+        return name
+
+    def start(self, *words: str, **environment: str) -> "subprocess.Popen[str]":
+        """`toolkit WORDS` in the background, with one thread a rank so that sums are comparable."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "toolkit", *words],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *words: str, status: int = 0, timeout_s: float = 120, **environment: str) -> str:
+        """`toolkit WORDS`, asserted to end with `status`. Returns stdout and stderr together."""
+        process = self.start(*words, **environment)
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            process.kill()
+        assert process.returncode == status, f"exit {process.returncode}, not {status}:\n{out}\n{err}"
+        return out + err
+
+    def refused(self, *words: str, status: int = 2, **environment: str) -> str:
+        """The message of a command that must be refused with nothing written and no traceback."""
+        before = set(self.folder.rglob("*"))
+        message = self.run(*words, status=status, **environment)
+        written = {path for path in set(self.folder.rglob("*")) - before if "__pycache__" not in path.parts}
+        assert not written, f"{written} was written"
+        assert "Traceback" not in message
+        return message
+
+    def metrics(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+    def status(self, run: str) -> dict[str, Any]:
+        return json.loads((self.folder / run / "status.json").read_text())
+
+    def tensors(self, run: str, step: int) -> dict[str, torch.Tensor]:
+        """Every tensor of a checkpoint: weights and optimizer state."""
+        return load_file(self.folder / run / "checkpoints" / f"step-{step:08d}" / "tensors.safetensors")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    place = Workplace(tmp_path)
+    place.write("digits.yaml", DIGITS)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """A test that leaves a process running fails."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    left = [child for child in set(psutil.Process().children(recursive=True)) - before if child.is_running()]
+    left = [child for child in left if "resource_tracker" not in " ".join(child.cmdline())]
+    for child in left:
+        child.kill()
+    assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture
+def equal() -> Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], bool]:
+    """Whether two sets of tensors are the same, bit for bit."""
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    return same

@@ -1,0 +1,27 @@
+"""One job file becomes one durable run: PyTorch training that survives its machines.
+
+Importing this package imports no torch; each public name is fetched when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Checkpointer": "toolkit.checkpoint",
+    "ElasticDistributedSampler": "toolkit.datasets.sampler",
+    "JobError": "toolkit.errors",
+    "RunError": "toolkit.errors",
+    "Trainer": "toolkit.trainer",
+    "load_job": "toolkit.config",
+    "train": "toolkit.session",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 - the names are the keys above
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'toolkit' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,0 +1,5 @@
+"""Checkpoints: what is saved (state), how it lies on disk (checkpointer)."""
+
+from toolkit.checkpoint.checkpointer import Checkpointer
+
+__all__ = ["Checkpointer"]

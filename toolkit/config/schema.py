@@ -1,0 +1,153 @@
+"""The job file as frozen types. Every field says its unit; `toolkit schema` prints this as JSON Schema."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    model_validator,
+)
+
+
+class Section(BaseModel):
+    """A part of the job file: unknown keys are errors, types are not guessed, nothing changes afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Component(Section):
+    """A named part: a registry key, or `package.module:attribute` of your own code, and its arguments."""
+
+    name: str = Field(min_length=1, description="registry key, or package.module:attribute of your own code")
+    args: dict[str, Any] = Field({}, description="arguments of its constructor, checked against the signature")
+
+
+def _component(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+# `model: mlp` is short for `model: {name: mlp}`.
+ComponentField = Annotated[Component, BeforeValidator(_component, json_schema_input_type=str | Component)]
+
+
+class Fraction(Section):
+    """A share of the training set, held out by (seed, index)."""
+
+    fraction: float = Field(gt=0, lt=1, description="share of the training samples, between 0 and 1")
+
+
+def _val_kind(value: Any) -> str:
+    fraction = "fraction" in value if isinstance(value, dict) else isinstance(value, Fraction)
+    return "fraction" if fraction else "component"
+
+
+ValField = Annotated[
+    Annotated[Fraction, Tag("fraction")] | Annotated[ComponentField, Tag("component")], Discriminator(_val_kind)
+]
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Run(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run; default: the file's name")
+    dir: str = Field(min_length=1, description="fsspec URL that holds everything of this run")
+    seed: int = Field(0, ge=0, lt=2**63, description="the one seed: weights, order, dropout and augmentation follow")
+
+
+class Data(Section):
+    train: ComponentField = Field(description="the training set")
+    val: ValField | None = Field(
+        None, description="a dataset, or {fraction: 0.1} held out of train; looked at in training"
+    )
+    test: ComponentField | None = Field(None, description="a dataset, evaluated once, at the end")
+    transforms: tuple[ComponentField, ...] = Field(
+        (), strict=False, description="applied to inputs in this order; random ones in training only"
+    )
+    global_batch_size: Count = Field(description="samples a step, over all ranks and micro-batches")
+    workers: int = Field(0, ge=0, description="loader processes a rank; 0 loads in the rank itself")
+
+
+class Train(Section):
+    epochs: Count | None = Field(None, description="passes over the training set")
+    max_steps: Count | None = Field(None, description="optimizer steps; with epochs, the smaller of the two")
+    micro_batch_size: Count | Auto = Field(
+        "auto", description="samples a rank takes at once; auto: its whole share of the batch"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the GPU has it, else fp32"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest L2 norm of the whole gradient")
+    compile: bool = Field(False, description="compile the model with torch.compile")
+    strategy: Literal["auto", "ddp"] = Field("auto", description="how several ranks hold the model; auto: ddp")
+
+    @model_validator(mode="after")
+    def _ends(self) -> "Train":
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("give epochs or max_steps, so that the run has an end")
+        return self
+
+
+class Eval(Section):
+    every_epochs: Count | None = Field(None, description="epochs between evaluations of val; default 1")
+    every_steps: Count | None = Field(None, description="steps between evaluations of val, instead of epochs")
+    batch_size: Count | Auto = Field("auto", description="samples a rank evaluates at once; auto: as in training")
+
+    @model_validator(mode="after")
+    def _one_period(self) -> "Eval":
+        if self.every_epochs and self.every_steps:
+            raise ValueError("give every_epochs or every_steps, not both")
+        return self
+
+
+class Best(Section):
+    metric: str = Field(pattern=r"^val/.+", description="the metric that ranks checkpoints, such as val/accuracy")
+    mode: Literal["min", "max"] = Field(description="whether less or more of it is better")
+
+
+class Checkpoint(Section):
+    every_steps: Count | None = Field(None, description="steps between checkpoints")
+    every_min: float | None = Field(10, gt=0, description="minutes between checkpoints")
+    keep: Count = Field(3, description="how many of the newest checkpoints stay")
+    best: Best | None = Field(None, description="also keep the best checkpoint by this metric")
+
+
+class Log(Section):
+    every_steps: Count = Field(20, description="steps between two lines of metrics")
+
+
+class Launch(Section):
+    processes: Count | Auto = Field("auto", description="ranks on this machine; auto: one a GPU, else 1")
+
+
+class Job(Section):
+    """One job file, whole. `${…}` is already replaced; `written` remembers what must be stored as it was written."""
+
+    run: Run
+    task: ComponentField = Field(description="classification, regression, language_modeling or your own")
+    data: Data
+    model: ComponentField
+    optimizer: ComponentField
+    schedule: ComponentField = Component(name="constant")
+    train: Train
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    launch: Launch = Launch()
+
+    _written: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
+
+    def as_written(self) -> dict[str, Any]:
+        """The job in full with every default, `${env:…}` as the file has it, so that no secret is stored."""
+        tree = self.model_dump(mode="json")
+        for path, text in self._written.items():
+            node: Any = tree
+            for key in path[:-1]:
+                node = node[key]
+            node[path[-1]] = text
+        return tree

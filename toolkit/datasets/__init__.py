@@ -1,0 +1,46 @@
+"""Datasets by name. Each is a map-style `torch.utils.data.Dataset`; an own one is named `package.module:Class`.
+
+`ds[i]` gives `(input, target)`. A dataset that has `gather(indices)` gives a whole batch at once, which is many times
+faster than sample by sample. `num_classes`, `input_shape` and `vocab_size` are offered to the model; `source` names the
+files in errors.
+"""
+
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from toolkit import components
+from toolkit.errors import JobError
+
+DATASETS = {
+    "digits": "toolkit.datasets.digits:Digits",
+    "fashion_mnist": "toolkit.datasets.idx:FashionMnist",
+    "mnist": "toolkit.datasets.idx:Mnist",
+    "synthetic": "toolkit.datasets.synthetic:Synthetic",
+    "text": "toolkit.datasets.text:Text",
+}
+
+SHAPES = ("num_classes", "input_shape", "vocab_size")
+
+
+def build(key: str, component: Any) -> Any:
+    """The dataset that `key` of the job file names. Raises JobError for one that is no map, or is empty."""
+    dataset = components.build(key, component, DATASETS)
+    if isinstance(dataset, IterableDataset):
+        raise JobError(
+            f"{key} {component.name!r} is an IterableDataset: its samples have no index, so a "
+            "run could neither share them exactly "
+            "over ranks nor resume without repeating some; give it __len__ and __getitem__"
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise JobError(
+            f"{key} {component.name!r} is a {type(dataset).__name__} without __len__ or __getitem__; add them"
+        )
+    if len(dataset) == 0:
+        raise JobError(f"{key} {component.name!r} is empty; it needs at least one sample")
+    return dataset
+
+
+def shapes(dataset: Any) -> dict[str, Any]:
+    """What the dataset knows of its shapes, to be offered to the model."""
+    return {name: getattr(dataset, name) for name in SHAPES if hasattr(dataset, name)}

@@ -1,0 +1,46 @@
+"""Optical Recognition of Handwritten Digits: 1797 real images of 8x8, shipped with the package.
+
+Source: E. Alpaydin and C. Kaynak (1998), UCI Machine Learning Repository, https://doi.org/10.24432/C50P49, the file
+optdigits.tes; licence CC BY 4.0. A row holds 64 counts 0..16 of set pixels in 4x4 blocks of a 32x32 scan, then the
+digit.
+"""
+
+import gzip
+from importlib.resources import files
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from toolkit.datasets.stream import Int64s
+
+
+class Digits(Dataset[Any]):
+    """Inputs (1, 8, 8) float32 in 0..1, targets 0..9.
+
+    `test` is every fifth image (359), `train` the rest (1438), `all` both.
+    """
+
+    num_classes = 10
+    input_shape = (1, 8, 8)
+    source = "digits"
+
+    def __init__(self, split: Literal["train", "test", "all"] = "train") -> None:
+        packed = files("toolkit.datasets").joinpath("data/optdigits.csv.gz").read_bytes()
+        rows = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",", dtype=np.int64)
+        fifth = np.arange(len(rows)) % 5 == 4
+        rows = {"train": rows[~fifth], "test": rows[fifth], "all": rows}[split]
+        self.inputs = torch.from_numpy(rows[:, :64].astype(np.float32) / 16).view(-1, 1, 8, 8)
+        self.targets = torch.from_numpy(rows[:, 64].copy())
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.targets[index]
+
+    def gather(self, indices: Int64s) -> tuple[Tensor, Tensor]:
+        at = torch.from_numpy(indices)
+        return self.inputs[at], self.targets[at]

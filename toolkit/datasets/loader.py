@@ -1,0 +1,243 @@
+"""Steps of the stream -> batches on the device.
+
+One item of work is one rank's share of one step, cut into micro-batches.
+"""
+
+import ctypes
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from toolkit.datasets.sampler import ElasticDistributedSampler
+from toolkit.datasets.split import Split
+from toolkit.datasets.stream import Int64s, sample_keys, uniform
+from toolkit.errors import RunError
+from toolkit.randomness import derive, seed_everything
+
+
+class Batch(NamedTuple):
+    """Samples that go through the model together. `indices` are the samples' numbers in their dataset, on the host."""
+
+    input: Any
+    target: Any
+    indices: Int64s
+
+
+class Failure(NamedTuple):
+    """A sample that could not be read: returned, not raised, so that a worker's words arrive whole."""
+
+    message: str
+
+
+class TrainingSteps(Dataset[Any]):
+    """Item s is this rank's share of training step s, as micro-batches of at most `micro_batch_size` samples."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: ElasticDistributedSampler,
+        micro_batch_size: int | None = None,
+        transforms: Sequence[Any] = (),
+    ) -> None:
+        self.whole_dataset = dataset
+        self.split = dataset if isinstance(dataset, Split) else None
+        self.dataset = self.split.dataset if self.split else dataset
+        self.sampler, self.transforms = sampler, transforms
+        self.micro_batch_size = micro_batch_size or sampler.batch_size
+        self._block = sampler.block(0)._replace(steps=range(0))
+
+    def share(self, step: int) -> tuple[Int64s, Int64s]:
+        """This rank's (epochs, sample indices) of a step; of a split, the indices in the whole dataset."""
+        if step not in self._block.steps:
+            block = self.sampler.block(step)
+            self._block = block._replace(indices=self.split.original(block.indices)) if self.split else block
+        return self._block.share(step)
+
+    def __getitem__(self, step: int) -> list[Batch] | Failure:
+        epochs, indices = self.share(step)
+        size = self.micro_batch_size
+        try:
+            return [
+                _read(self.dataset, indices[at : at + size], epochs[at : at + size], self.sampler.seed, self.transforms)
+                for at in range(0, len(indices), size)
+            ]
+        except RunError as error:
+            return Failure(str(error))
+
+
+class EvaluationSteps(Dataset[Any]):
+    """One rank's share of a whole set, in order: over all ranks every sample comes once.
+
+    Every rank has the same number of batches, so that a model whose ranks must step together can. Where a rank's share
+    is used up, its batch has no `indices` and is not counted.
+    """
+
+    def __init__(
+        self, dataset: Any, batch_size: int, rank: int, world_size: int, transforms: Sequence[Any] = ()
+    ) -> None:
+        size = len(dataset)
+        self.dataset, self.batch_size = dataset, batch_size
+        self.first, self.end = rank * size // world_size, (rank + 1) * size // world_size
+        self.steps = ceil(ceil(size / world_size) / batch_size)
+        self.transforms = [transform for transform in transforms if not getattr(transform, "random", False)]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[Batch] | Failure:
+        start = self.first + step * self.batch_size
+        mine = np.arange(start, min(start + self.batch_size, self.end))
+        dataset, indices = self.dataset, mine if mine.size else np.zeros(1, np.int64)
+        if isinstance(dataset, Split):
+            dataset, indices = dataset.dataset, dataset.original(indices)
+        try:
+            batch = _read(dataset, indices, np.zeros_like(indices), 0, self.transforms)
+        except RunError as error:
+            return Failure(str(error))
+        return [batch if mine.size else batch._replace(indices=mine)]
+
+
+def batches(
+    steps: TrainingSteps | EvaluationSteps, start: int, stop: int, workers: int, device: torch.device
+) -> Iterator[list[Batch]]:
+    """The micro-batches of steps start..stop-1 on the device.
+
+    Raises RunError that names the sample that cannot be read.
+    """
+    source: Any
+    if workers:
+        source = DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_worker_starts,
+            generator=torch.Generator(),  # or the DataLoader would draw from the global one, and the run would drift
+        )
+    else:
+        source = (steps[step] for step in range(start, stop))
+    host = (_checked(step) for step in source)
+    if device.type == "cpu":
+        return host
+    return _prefetched(host, device) if device.type == "cuda" else (_moved(step, device) for step in host)
+
+
+def _read(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, transforms: Sequence[Any]) -> Batch:
+    try:
+        inputs, targets = _gathered(dataset, indices, epochs, seed)
+    except Exception as error:
+        raise RunError(_unreadable(dataset, indices, epochs, seed, error)) from error
+    if transforms:
+        keys = sample_keys(seed, epochs, indices)
+        for salt, transform in enumerate(transforms):
+            inputs = transform(inputs, _draw(keys, salt))
+    return Batch(inputs, targets, indices)
+
+
+def _draw(keys: Any, salt: int) -> Callable[[int], Any]:
+    return lambda number: uniform(keys, salt << 16 | number)
+
+
+def _gathered(dataset: Any, indices: Int64s, epochs: Int64s, seed: int) -> tuple[Any, Any]:
+    """A whole batch: by the dataset's own `gather`, by `__getitems__`, else sample by sample."""
+    if hasattr(dataset, "gather"):
+        whole = dataset.gather(indices)
+    else:
+        if hasattr(dataset, "__getitems__"):
+            whole = dataset.__getitems__(indices.tolist())
+        else:
+            whole = [_item(dataset, i, e, seed) for i, e in zip(indices.tolist(), epochs.tolist(), strict=True)]
+        if isinstance(whole, list):  # samples, as torch's own protocol has it; anything else is a batch already
+            whole = getattr(dataset, "collate_fn", default_collate)(whole)
+    return (whole["input"], whole["target"]) if isinstance(whole, dict) else (whole[0], whole[1])
+
+
+def _item(dataset: Any, index: int, epoch: int, seed: int) -> Any:
+    """One sample, with the global generators set from (seed, epoch, sample), for augmentation inside the dataset."""
+    seed_everything(derive(seed, epoch, index))
+    return dataset[index]
+
+
+def _unreadable(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, error: Exception) -> str:
+    """Words for a batch that could not be read: the first of its samples that fails alone, and where it lies."""
+    source = getattr(dataset, "source", type(dataset).__name__)
+    for at in range(len(indices)):
+        try:
+            _gathered(dataset, indices[at : at + 1], epochs[at : at + 1], seed)
+        except Exception as alone:
+            return (
+                f"sample {indices[at]} of {source} cannot be read: {type(alone).__name__}: {alone}; mend or remove it"
+            )
+    return (
+        f"samples {indices.tolist()[:8]} of {source} cannot be put into one batch: {error}; "
+        f"give them one shape or a collate_fn"
+    )
+
+
+def _checked(step: list[Batch] | Failure) -> list[Batch]:
+    if isinstance(step, Failure):
+        raise RunError(step.message)
+    return step
+
+
+def _unchanged(step: Any) -> Any:
+    return step
+
+
+def _worker_starts(worker: int) -> None:
+    """A worker leaves stopping to its rank, and does not outlive it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed; other values stay."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(item, change) for item in value))
+    return type(value)(_mapped(item, change) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _moved(step: list[Batch], device: torch.device) -> list[Batch]:
+    moved: list[Batch] = _mapped(step, lambda tensor: tensor.to(device, non_blocking=True))
+    return moved
+
+
+def _prefetched(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+    """Copy the next step from pinned memory on a side stream while the current one computes."""
+    side = torch.cuda.Stream(device)
+    arriving: list[Batch] | None = None
+    for step in steps:
+        arrived, pinned = arriving, _mapped(step, lambda tensor: tensor.pin_memory())
+        if arrived is not None:
+            yield _received(arrived, side)
+        with torch.cuda.stream(side):
+            arriving = _moved(pinned, device)
+    if arriving is not None:
+        yield _received(arriving, side)
+
+
+def _received(step: list[Batch], side: torch.cuda.Stream) -> list[Batch]:
+    """Let the compute stream wait for the copy, and tell the allocator that it uses this memory from now on."""
+    compute = torch.cuda.current_stream(side.device)
+    compute.wait_stream(side)
+
+    def use(tensor: Tensor) -> Tensor:
+        tensor.record_stream(compute)
+        return tensor
+
+    received: list[Batch] = _mapped(step, use)
+    return received

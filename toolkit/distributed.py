@@ -1,0 +1,224 @@
+"""Ranks: who this process is among how many, and what they do together. One process is a world of size 1."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from toolkit.errors import JobError
+
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_START_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: `rank` counts over all nodes, `local_rank` on this one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """True on the one rank that writes and talks."""
+        return self.rank == 0
+
+
+ALONE = Ranks()
+
+
+def ranks_from(environment: Mapping[str, str]) -> Ranks:
+    """The place that torchrun's variables describe; without any of them, a world of one.
+
+    A half-set environment is refused.
+    """
+    given = [name for name in _NEEDED[:3] if name in environment]
+    if not given:
+        return ALONE
+    missing = [name for name in _NEEDED if not environment.get(name)]
+    if missing:
+        raise JobError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; "
+            "start with torchrun, which sets all, or unset them"
+        )
+    try:
+        ranks = Ranks(*(int(environment[name]) for name in _NEEDED[:3]))
+        int(environment["MASTER_PORT"])
+    except ValueError as error:
+        raise JobError(
+            f"the environment's {', '.join(_NEEDED[:3])} and MASTER_PORT must be integers: {error}"
+        ) from None
+    if not 0 <= ranks.rank < ranks.world_size or not 0 <= ranks.local_rank <= ranks.rank:
+        raise JobError(
+            f"RANK {ranks.rank}, LOCAL_RANK {ranks.local_rank} and WORLD_SIZE {ranks.world_size} do not fit together"
+        )
+    return ranks
+
+
+def choose_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank. Raises JobError where the one that was asked for is not there."""
+    available = [
+        kind
+        for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        if there
+    ]
+    if name == "auto":
+        name = available[0] if available and not (available[0] == "mps" and ranks.world_size > 1) else "cpu"
+    if name not in (*available, "cpu"):
+        raise JobError(
+            f"train.device is {name}, but this machine offers {', '.join([*available, 'cpu'])}; "
+            "use one of these or auto"
+        )
+    if name == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise JobError(
+                f"local rank {ranks.local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
+                "start fewer processes"
+            )
+        torch.cuda.set_device(ranks.local_rank)  # before the process group, or every rank would talk through GPU 0
+        return torch.device("cuda", ranks.local_rank)
+    return torch.device(name)
+
+
+def join(ranks: Ranks, device: torch.device) -> None:
+    """Meet the other ranks. They must all arrive within ten minutes."""
+    if ranks.world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=_START_TIMEOUT)
+
+
+def leave() -> None:
+    """Part from the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with gradients averaged over the ranks; itself in a world of one."""
+    if not dist.is_initialized():
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager[None]:
+    """Backward passes in here keep their gradients to this rank if `skip`, so that the last micro-batch sends the sum
+    once.
+    """
+    if skip and isinstance(model, DistributedDataParallel):
+        context: AbstractContextManager[None] = model.no_sync()
+        return context
+    return _NOTHING
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers, such as the running statistics of batch norm."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def from_rank_0(decide: Callable[[], Any]) -> Any:
+    """What rank 0's `decide` returns, on every rank; its JobError, too.
+
+    The value travels as JSON, so it must be plain data.
+    """
+    if not dist.is_initialized():
+        return decide()
+    error, content = None, torch.empty(0, dtype=torch.uint8)
+    if dist.get_rank() == 0:
+        try:
+            answer = {"value": decide()}
+        except JobError as refusal:
+            error, answer = refusal, {"refusal": str(refusal)}
+        content = torch.frombuffer(bytearray(json.dumps(answer).encode()), dtype=torch.uint8)
+    length = torch.tensor([content.numel()])
+    dist.broadcast(length, 0)
+    content = content if content.numel() else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(content, 0)
+    answer = json.loads(bytes(content.tolist()))
+    if "refusal" in answer:
+        raise error or JobError(answer["refusal"])
+    return answer["value"]
+
+
+class Agreement:
+    """Ranks decide together (law 4): what any rank wishes after some step, all learn after the same step.
+
+    `wishes` maps a name, such as "stop", to a function that says whether this rank wants it now. Asking the others
+    costs a reduction of some 200 us, so they are asked every k steps; rank 0 chooses k so that it costs at most 0.5% of
+    the time and is at most 1 s late.
+    """
+
+    COST, REACTION_S = 0.005, 1.0
+
+    def __init__(self, ranks: Ranks, wishes: Mapping[str, Callable[[], bool]]) -> None:
+        self.ranks, self.wishes = ranks, wishes
+        self.next_step, self.asked_step, self.asked_s = 0, 0, time.monotonic()
+
+    def after(self, step: int) -> frozenset[str]:
+        """The wishes that all ranks now know of. To be called by every rank after every step."""
+        if step < self.next_step:
+            return _NO_WISH
+        wanted = [wish() for wish in self.wishes.values()]
+        if self.ranks.world_size > 1:
+            wanted = self._asked(step, wanted)
+        return (
+            frozenset(name for name, yes in zip(self.wishes, wanted, strict=True) if yes) if any(wanted) else _NO_WISH
+        )
+
+    def _asked(self, step: int, wanted: list[bool]) -> list[bool]:
+        start_s = time.monotonic()
+        period = self._period(step, start_s) if self.ranks.leads else 0
+        votes = torch.tensor([*wanted, period])
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        *agreed, period = votes.tolist()
+        self.cost_s = time.monotonic() - start_s
+        self.next_step, self.asked_step, self.asked_s = step + period, step, start_s
+        return [bool(vote) for vote in agreed]
+
+    cost_s = 2e-4
+
+    def _period(self, step: int, now_s: float) -> int:
+        """Steps until the next question, from the measured time of a step and of a question."""
+        step_s = max((now_s - self.asked_s) / max(1, step - self.asked_step), 1e-6)
+        affordable = min(self.cost_s, 1e-3) / (
+            self.COST * step_s
+        )  # a question that waited for a slow rank was not the cost of asking
+        return max(1, min(round(affordable + 0.5), int(self.REACTION_S / step_s)))
+
+
+_NO_WISH: frozenset[str] = frozenset()
+
+
+def describe() -> dict[str, Any]:
+    """What is worth knowing of this process's machine for provenance."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

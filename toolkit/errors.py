@@ -1,0 +1,9 @@
+"""The two ways a run is refused or ends in words. Each message says what was given, what is allowed, what to do."""
+
+
+class JobError(ValueError):
+    """The job, its input or this machine does not fit: said before anything is written. Exit status 2."""
+
+
+class RunError(RuntimeError):
+    """Training has begun and cannot go on. Exit status 1."""

@@ -1,0 +1,1 @@
+"""What happens beside the loop. Each observer has `start`, `after_step` and `end`; see `toolkit.trainer.Observer`."""

@@ -1,0 +1,45 @@
+"""One line of metrics every few steps, and whenever an evaluation has something to say."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Line = Mapping[str, Any]
+
+
+class Metrics:
+    """Gives each line to every sink: the run's metrics.jsonl, the console.
+
+    Other ranks than 0 have no sinks but take part in the sums.
+    """
+
+    def __init__(self, every_steps: int, steps_per_epoch: float, sinks: Sequence[Callable[[Line], None]]) -> None:
+        self.every_steps, self.steps_per_epoch, self.sinks = every_steps, steps_per_epoch, sinks
+
+    def start(self, trainer: Any) -> None:
+        self.since_s = time.monotonic()
+
+    def after_step(self, trainer: Any, agreed: frozenset[str]) -> None:
+        step = trainer.state.step
+        if step % self.every_steps and not trainer.report and not agreed and not trainer.finished:
+            return
+        loss = trainer.mean_loss()
+        interval, now_s = trainer.interval, time.monotonic()
+        line = {
+            "step": step,
+            "epoch": int(step / self.steps_per_epoch),
+            "train/loss": loss,
+            "train/learning_rate": trainer.state.optimizer.param_groups[0]["lr"],
+            "train/samples_per_s": round(
+                interval.steps * trainer.global_batch_size / max(now_s - self.since_s, 1e-9), 1
+            ),
+            **({"train/grad_norm": interval.grad_norm.item()} if interval.grad_norm is not None else {}),
+            **trainer.report,
+        }
+        for sink in self.sinks:
+            sink(line)
+        interval.restart()
+        self.since_s = time.monotonic()
+
+    def end(self, trainer: Any) -> None:
+        pass

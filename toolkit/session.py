@@ -1,0 +1,274 @@
+"""The composition root: a job becomes parts, the parts become a run.
+
+The only module that knows both the job file and the loop.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from toolkit import components, datasets, diagnosis, distributed, optim, storage
+from toolkit.checkpoint import Checkpointer
+from toolkit.config import Fraction, Job
+from toolkit.config.text import dump
+from toolkit.datasets.loader import Batch, EvaluationSteps, TrainingSteps, batches
+from toolkit.datasets.sampler import ElasticDistributedSampler
+from toolkit.datasets.split import held_out
+from toolkit.datasets.transforms import TRANSFORMS
+from toolkit.distributed import ALONE, Agreement, Ranks
+from toolkit.errors import JobError, RunError
+from toolkit.models import MODELS
+from toolkit.observers.checkpoints import Checkpoints
+from toolkit.observers.evaluation import Evaluation
+from toolkit.observers.heartbeat import Heartbeat
+from toolkit.observers.metrics import Metrics
+from toolkit.observers.progress import ProgressBar
+from toolkit.randomness import derive, seed_everything
+from toolkit.run import Run, changed
+from toolkit.signals import StopSignals
+from toolkit.tasks import TASKS
+from toolkit.trainer import Observer, Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a start of a run ended: `completed`, or `preempted` with everything saved."""
+
+    state: str
+    url: str
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A job's parts, built and tried, with nothing written yet."""
+
+    trainer: Trainer
+    steps: TrainingSteps
+    val: Callable[[], Iterable[Any]] | None
+    test: Callable[[], Iterable[Any]] | None
+
+
+def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, command: Sequence[str] = ()) -> Result:
+    """Start or resume the run of a job on this rank, to its end or to an agreed stop.
+
+    Raises JobError before anything is written.
+    """
+    console = console or Console(quiet=True)
+    signals = StopSignals()
+    signals.listen()
+    device = distributed.choose_device(job.train.device, ranks)
+    distributed.join(ranks, device)
+    run = Run(job.run.dir)
+    if done := distributed.from_rank_0(lambda: _completed(run, job)):
+        console.print(
+            f"{done['summary']}\nThis run is complete: raise train.epochs to go on, or start over with --fresh.",
+            highlight=False,
+        )
+        return Result("completed", run.url, done["step"], done["metrics"])
+    parts = build(job, ranks, device)
+    _rehearse(parts)
+    distributed.from_rank_0(lambda: _open(run, job, command))
+    return _trained(run, job, parts, signals, console)
+
+
+def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
+    """Every part of the job, checked against the others. Raises JobError; writes nothing."""
+    batch_size = job.data.global_batch_size
+    if batch_size < ranks.world_size:
+        raise JobError(
+            f"data.global_batch_size {batch_size} is less than the {ranks.world_size} ranks; "
+            f"use at least {ranks.world_size}, or launch.processes={batch_size}"
+        )
+    data = datasets.build("data.train", job.data.train)
+    shapes = datasets.shapes(data)
+    val: Any = None
+    if isinstance(job.data.val, Fraction):
+        data, val = held_out(data, job.data.val.fraction, job.run.seed)
+    elif job.data.val:
+        val = datasets.build("data.val", job.data.val)
+    test = datasets.build("data.test", job.data.test) if job.data.test else None
+    transforms = [components.build("data.transforms", transform, TRANSFORMS) for transform in job.data.transforms]
+    sampler = ElasticDistributedSampler(
+        data, ranks.world_size, ranks.rank, seed=job.run.seed, global_batch_size=batch_size
+    )
+    micro_batch_size = None if job.train.micro_batch_size == "auto" else job.train.micro_batch_size
+    steps = TrainingSteps(data, sampler, micro_batch_size, transforms)
+    total_steps = min(
+        ceil(job.train.epochs * len(data) / batch_size) if job.train.epochs else job.train.max_steps or 0,
+        job.train.max_steps or 2**63,
+    )
+    eval_size = steps.micro_batch_size if job.eval.batch_size == "auto" else job.eval.batch_size
+
+    def whole(dataset: Any) -> Callable[[], Iterable[list[Batch]]] | None:
+        if dataset is None:
+            return None
+        evaluation = EvaluationSteps(dataset, eval_size, ranks.rank, ranks.world_size, transforms)
+        return lambda: batches(evaluation, 0, len(evaluation), job.data.workers, device)
+
+    trainer = _trainer(job, ranks, device, shapes, total_steps)
+    return Parts(trainer, steps, whole(val), whole(test))
+
+
+def _trainer(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any], total_steps: int) -> Trainer:
+    seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine
+    model = components.build("model", job.model, MODELS, offers=shapes).to(device)
+    if job.train.compile:
+        model.compile()
+    if job.train.precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    else:
+        precision = job.train.precision
+    return Trainer(
+        model,
+        components.build("task", job.task, TASKS),
+        optim.build_optimizer(model, job.optimizer, device),
+        optim.build_schedule(job.schedule, total_steps),
+        device=device,
+        total_steps=total_steps,
+        global_batch_size=job.data.global_batch_size,
+        ranks=ranks,
+        seed=job.run.seed,
+        precision=precision,
+        clip_grad_norm=job.train.clip_grad_norm,
+    )
+
+
+def _rehearse(parts: Parts) -> None:
+    """Try the first step and throw it away. What fails here fails before anything is written."""
+    trainer, steps = parts.trainer, parts.steps
+    try:
+        (first,) = batches(steps, 0, 1, 0, trainer.device)
+        trainer.rehearse(first)
+    except Exception as error:
+        cause = diagnosis.explained(error, trainer, steps)
+        if cause is not error or isinstance(error, RunError):
+            raise cause from error
+        raise JobError(f"model, data and task do not fit together: {type(error).__name__}: {error}") from error
+
+
+def _open(run: Run, job: Job, command: Sequence[str]) -> None:
+    written = job.as_written()
+    run.open(dump(written), written, command, distributed.describe())
+
+
+def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
+    trainer, state, leads = parts.trainer, parts.trainer.state, parts.trainer.ranks.leads
+    best = job.checkpoint.best
+    checkpointer = Checkpointer(run.at("checkpoints"), job.checkpoint.keep, best.mode if best else "max")
+    newest = distributed.from_rank_0(checkpointer.newest)
+    if newest is not None:
+        checkpointer.load(newest, state)
+    if leads:
+        run.metrics.open(last_step=state.step)
+    _announce(run, job, parts, console)
+    saves = Checkpoints(
+        checkpointer, job.checkpoint.every_steps, job.checkpoint.every_min, best.metric if best else None, leads
+    )
+    agreement = Agreement(trainer.ranks, {"stop": signals.wanted, "save": saves.overdue})
+    remaining = batches(parts.steps, state.step, trainer.total_steps, job.data.workers, trainer.device)
+    try:
+        trainer.fit(remaining, _observers(run, job, parts, saves, console), agreement)
+    except Exception as error:
+        cause = diagnosis.explained(error, trainer, parts.steps)
+        if leads:
+            run.set_status("failed", step=state.step, reason=str(cause))
+        raise cause from error
+    return _ended(run, job, trainer, signals, console)
+
+
+def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Console) -> list[Observer]:
+    """In the order in which they act after a step: a line of metrics must be written before the checkpoint that vouches
+    for it.
+    """
+    steps_per_epoch = parts.steps.sampler.size / job.data.global_batch_size
+    every_steps, every_epochs = job.eval.every_steps, job.eval.every_epochs or 1
+
+    def due(step: int) -> bool:
+        if every_steps:
+            return step % every_steps == 0
+        return int(step / steps_per_epoch / every_epochs) > int((step - 1) / steps_per_epoch / every_epochs)
+
+    evaluation = Evaluation(due, parts.val, parts.test)
+    if not parts.trainer.ranks.leads:
+        return [evaluation, Metrics(job.log.every_steps, steps_per_epoch, []), saves]
+    progress = ProgressBar(console)
+    metrics = Metrics(job.log.every_steps, steps_per_epoch, [run.metrics.append, progress.show])
+    return [evaluation, metrics, saves, Heartbeat(run, steps_per_epoch), progress]
+
+
+def _ended(run: Run, job: Job, trainer: Trainer, signals: StopSignals, console: Console) -> Result:
+    """Say how it ended, in status.json and on the console."""
+    step, metrics = trainer.state.step, dict[str, float]()
+    state = "completed" if trainer.finished else "preempted"
+    if trainer.ranks.leads:
+        lines = [line for line in run.metrics.read() if line["step"] == step]
+        metrics = {name: value for line in lines for name, value in line.items() if name.startswith(("val/", "test/"))}
+        run.metrics.close()
+        found = "".join(f"  {name} {value:.4f}" for name, value in sorted(metrics.items()))
+        summary = f"{job.run.name}: {state} at step {step} of {trainer.total_steps}{found}\nrun directory: {run.url}"
+        reason = (
+            f"stopped by {signals.received.name}" if signals.received else "stopped" if state == "preempted" else None
+        )
+        run.set_status(
+            state,
+            step=step,
+            total=trainer.total_steps,
+            reason=reason,
+            exit=0 if trainer.finished else 75,
+            metrics=metrics,
+            summary=summary,
+        )
+        console.print(summary, highlight=False, soft_wrap=True)
+        if state == "preempted":
+            console.print("Everything is saved; the same command goes on from here.", highlight=False)
+    distributed.leave()
+    return Result(state, run.url, step, metrics)
+
+
+def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
+    trainer, sampler = parts.trainer, parts.steps.sampler
+    parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
+    ranks = f"{trainer.ranks.world_size} rank{'s' if trainer.ranks.world_size > 1 else ''}"
+    start = f"resuming at step {trainer.state.step}" if trainer.state.step else "starting"
+    console.print(
+        f"{job.run.name}: {start} in {run.url}\n"
+        f"{parameters} parameters, {sampler.size} training samples, {trainer.total_steps} "
+        f"steps of {sampler.global_batch_size}, "
+        f"{ranks} on {trainer.device}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _completed(run: Run, job: Job) -> dict[str, Any] | None:
+    """The status of a run that has already done all this job asks for, else None."""
+    status, written = run.status(), run.written_job()
+    if not status or not written or status["state"] != "completed":
+        return None
+    now = job.as_written()
+    same_end = all(written["train"][key] == now["train"][key] for key in ("epochs", "max_steps"))
+    return status if same_end and not changed(written, now) else None
+
+
+def evaluate(job: Job, url: str, which: str = "last", split: str = "test") -> dict[str, float]:
+    """Exact metrics of one checkpoint of a run: `best`, `last` or a step; on `val` or `test`."""
+    device = distributed.choose_device(job.train.device, ALONE)
+    parts = build(job, ALONE, device)
+    batches_of = parts.val if split == "val" else parts.test
+    if batches_of is None:
+        raise JobError(f"the job of {url} has no data.{split}; use --split {'test' if split == 'val' else 'val'}")
+    best = job.checkpoint.best
+    checkpointer = Checkpointer(storage.join(url, "checkpoints"), mode=best.mode if best else "max")
+    step = {"last": checkpointer.newest, "best": checkpointer.best}.get(
+        which, lambda: int(which) if which.isdigit() else None
+    )()
+    if step not in checkpointer.steps():
+        raise JobError(f"{url} has no checkpoint {which!r}; it has steps {checkpointer.steps()}")
+    checkpointer.load(step, parts.trainer.state)
+    return {f"{split}/{name}": value for name, value in parts.trainer.evaluate(batches_of()).items()} | {"step": step}

@@ -1,0 +1,29 @@
+"""A request to stop, from a signal.
+
+The handler sets a flag and nothing else: saving inside a handler hangs or never finishes.
+"""
+
+import signal
+from types import FrameType
+
+# USR1 and USR2 are what schedulers send before a time limit or a preemption.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopSignals:
+    """From `listen` on, a stopping signal sets `received`. A second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def listen(self) -> None:
+        for number in STOPPING:
+            signal.signal(number, self._handle)
+
+    def wanted(self) -> bool:
+        return self.received is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

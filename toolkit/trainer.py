@@ -1,0 +1,245 @@
+"""The loop. `fit` is all of training: next batch, step, what the ranks agreed on, stop. Everything else is an observer.
+
+trainer = Trainer(model, Classification(), optimizer, schedule, device=device, total_steps=1000, global_batch_size=256)
+trainer.fit(batches, observers)
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from toolkit import distributed
+from toolkit.distributed import ALONE, Agreement, Ranks
+from toolkit.errors import RunError
+from toolkit.randomness import derive, seed_everything
+
+Schedule = Callable[[int], float]
+
+
+@dataclass
+class State:
+    """The whole truth about progress, and all that a checkpoint holds.
+
+    Order, dropout and learning rate follow from `step`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    best: float | None = None
+
+
+class LostLossError(RunError):
+    """The loss is not a number any more, or infinite, in one of these steps."""
+
+    def __init__(self, loss: float, steps: range) -> None:
+        super().__init__(f"the loss is {loss} in one of the steps {steps.start + 1} to {steps.stop}")
+        self.steps = steps
+
+
+class Observer(Protocol):
+    """Something that happens beside the loop: a report, a save, an evaluation.
+
+    Every rank has the same observers, in the same order.
+    """
+
+    def start(self, trainer: "Trainer") -> None: ...
+
+    def after_step(self, trainer: "Trainer", agreed: frozenset[str]) -> None: ...
+
+    def end(self, trainer: "Trainer") -> None: ...
+
+
+class Trainer:
+    """Trains `model` on global batches: the gradient is that of the mean loss over the global batch, at any number of
+    ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        *,
+        device: torch.device,
+        total_steps: int,
+        global_batch_size: int,
+        ranks: Ranks = ALONE,
+        seed: int = 0,
+        precision: str = "fp32",
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.state = State(model, optimizer, scaler)
+        self.model = distributed.wrap(model, device)
+        self.task, self.schedule = task, schedule
+        self.device, self.ranks, self.seed = device, ranks, seed
+        self.total_steps, self.global_batch_size = total_steps, global_batch_size
+        self.autocast = _autocast(device, precision)
+        self.clip_grad_norm = clip_grad_norm
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.interval = Interval(device, ranks.world_size)
+        self.output_shape = torch.Size()
+        self.zero = torch.zeros((), device=device)
+        self.report: dict[str, float] = {}  # what this step has to say beside its losses, such as val/accuracy
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.total_steps
+
+    def fit(
+        self, steps: Iterable[Sequence[Any]], observers: Sequence[Observer] = (), agreement: Agreement | None = None
+    ) -> None:
+        """Take every step, or those before the ranks agree to stop."""
+        agreement = agreement or Agreement(self.ranks, {})
+        for observer in observers:
+            observer.start(self)
+        for micro_batches in steps:
+            self.step(micro_batches)
+            agreed = agreement.after(self.state.step)
+            for observer in observers:
+                observer.after_step(self, agreed)
+            if "stop" in agreed:
+                break
+        for observer in observers:
+            observer.end(self)
+
+    def step(self, micro_batches: Sequence[Any]) -> None:
+        """One optimizer step on this rank's share of one global batch."""
+        optimizer, scaler = self.state.optimizer, self.state.scaler
+        self.report = {}
+        factor = self.schedule(self.state.step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.backward(micro_batches)
+        if self.clip_grad_norm:
+            scaler.unscale_(optimizer)
+            self.interval.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm, foreach=True)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        self.state.step += 1
+
+    def backward(self, micro_batches: Sequence[Any]) -> None:
+        """Leave in the parameters the gradient of the global batch's mean loss, the same on every rank."""
+        seed_everything(derive(self.seed, self.state.step, self.ranks.rank), self.device)
+        total_loss, total_weight = self.zero, None
+        for place, batch in enumerate(micro_batches, 1):
+            with distributed.without_sync(self.model, skip=place < len(micro_batches)):
+                with self.autocast:
+                    loss, weight = self._loss(batch)
+                self.state.scaler.scale(loss).backward()
+            total_loss = total_loss + loss.detach()
+            if weight is not None:
+                total_weight = weight if total_weight is None else total_weight + weight
+        if total_weight is not None:  # the mean is over weights that only all ranks together know
+            correction = self.global_batch_size / distributed.sum_over_ranks(total_weight)
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad *= correction
+            total_loss = total_loss * correction
+        self.interval.add(total_loss)
+
+    def _loss(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """(this batch's part of the mean over the global batch, times the ranks by which DDP will divide; weight or
+        None).
+        """
+        output = self.model(batch.input)
+        self.output_shape = output.shape
+        losses, weight = self.task.loss(output, batch.target), None
+        if isinstance(losses, tuple):
+            losses, weights = losses
+            losses, weight = losses * weights, weights.sum()
+        return losses.sum() * (self.ranks.world_size / self.global_batch_size), weight
+
+    def mean_loss(self) -> float:
+        """The mean loss of the steps since the last report, the same on every rank.
+
+        Raises LostLossError if it is no number.
+        """
+        mean, step = self.interval.mean(), self.state.step
+        if not isfinite(mean):
+            raise LostLossError(mean, range(step - self.interval.steps, step))
+        return mean
+
+    def rehearse(self, micro_batches: Sequence[Any]) -> None:
+        """One forward and backward whose result is thrown away; the state is as it was.
+
+        DDP orders its buckets by the first backward, so without this a resumed first step would sum in another order
+        than an undisturbed one. It also compiles, and finds wrong shapes and too little memory before anything is
+        written.
+        """
+        self.model.train()
+        buffers = [(buffer, buffer.clone()) for buffer in self.state.model.buffers()]
+        self.backward(micro_batches)
+        self.state.optimizer.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        self.interval.restart()
+
+    def evaluate(self, steps: Iterable[Sequence[Any]]) -> dict[str, float]:
+        """The task's metrics over a whole set: sums over all samples of all ranks, divided once at the end."""
+        model = self.state.model
+        distributed.same_buffers(model)
+        model.eval()
+        sums: dict[str, Tensor] = {}
+        with torch.inference_mode():
+            for batch in (batch for step in steps for batch in step):
+                with self.autocast:
+                    output = model(batch.input)
+                for name, (numerator, denominator) in self.task.metrics(output, batch.target).items():
+                    total = sums.setdefault(name, torch.zeros(2, dtype=self.interval.dtype, device=self.device))
+                    if len(batch.indices):
+                        total[0] += numerator
+                        total[1] += denominator
+        model.train()
+        return {
+            name: ratio[0] / ratio[1]
+            for name in sorted(sums)
+            for ratio in [distributed.sum_over_ranks(sums[name]).tolist()]
+        }
+
+
+class Interval:
+    """The losses of the steps since the last report, summed on the device, so that no step waits for a number to be
+    read.
+    """
+
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.device, self.world_size = device, world_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.total: Tensor = torch.zeros((), device=self.device)
+        self.steps = 0
+        self.grad_norm: Tensor | None = None
+        self._mean: float | None = None
+
+    def add(self, loss: Tensor) -> None:
+        self.total = self.total + loss
+        self.steps += 1
+        self._mean = None
+
+    def mean(self) -> float:
+        """Mean loss of the global batches so far.
+
+        Waits for the device, and for the other ranks: all must ask after the same step.
+        """
+        if self._mean is None:
+            total = distributed.sum_over_ranks(self.total.clone()).item()
+            self._mean = total / self.world_size / max(1, self.steps)
+        return self._mean
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
