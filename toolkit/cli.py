@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,42 +44,40 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train here, or resume: the run goes on from its newest checkpoint."""
-    from toolkit import supervisor
     from toolkit.run import fresh_url
+    from toolkit.supervisor import supervise
 
     changes = list(overrides or [])
     config = load_job(job, changes, os.environ)
     if fresh:
         changes.append(f"run.dir={fresh_url(config.run.dir)}")
         config = load_job(job, changes, os.environ)
-    if not _RANK_VARIABLES & os.environ.keys():
-        wanted = processes or config.launch.processes
-        count = supervisor.default_processes(os.environ) if wanted == "auto" else wanted
-        if count > 1:
-            if config.data.global_batch_size < count:
-                raise JobError(
-                    f"data.global_batch_size {config.data.global_batch_size} is less than the {count} ranks; "
-                    f"use at least {count}, or launch.processes={config.data.global_batch_size}"
-                )
-            raise typer.Exit(
-                supervisor.supervise(["train", job, *changes, *["--debug"] * debug], count, config.run.dir, os.environ)
-            )
-    _train_rank(config)
+    count = _ranks_to_start(processes or config.launch.processes)
+    if count > 1:
+        raise typer.Exit(supervise(config, ["train", job, *changes, *["--debug"] * debug], count, os.environ))
+    raise typer.Exit(_train_as_rank(config))
 
 
-_RANK_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+def _ranks_to_start(wanted: int | str) -> int:
+    """How many ranks to start here: 1 where torchrun has already; for "auto" one a GPU in reach, else 1."""
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys():
+        return 1
+    if isinstance(wanted, int):
+        return wanted
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+    return max(1, len([entry for entry in Path("/dev").glob("nvidia*") if entry.name[6:].isdigit()]))
 
 
-def _train_rank(config: Job) -> None:
-    """Be one rank of a world, or the whole of it."""
+def _train_as_rank(config: Job) -> int:
+    """Be one rank of a world, or the whole of it. Returns the run's exit status."""
     from toolkit import session
     from toolkit.distributed import ranks_from
 
     ranks = ranks_from(os.environ)
-    sys.path.insert(0, os.getcwd())  # the user's own components are found from here
     result = session.train(config, ranks, Console(quiet=not ranks.leads), sys.argv)
-    if result.state != "completed":
-        raise typer.Exit(75)
+    return 0 if result.state == "completed" else 75
 
 
 @app.command()
@@ -99,7 +98,6 @@ def evaluate(
         raise JobError(
             f"{run} is no run: it has no config.yaml; give the directory of a run, such as runs/digits_mlp"
         ) from None
-    sys.path.insert(0, os.getcwd())
     print(json.dumps(session.evaluate(job_from_text(text, url, (), os.environ), run, checkpoint, split)))
 
 
@@ -128,6 +126,7 @@ def main() -> None:
     """The `toolkit` command: errors become one block on stderr and an exit status."""
     from toolkit import supervisor
 
+    sys.path.insert(0, os.getcwd())  # the user's own components are found from here
     supervisor.enter_rank(os.environ)
     status, message = _run()
     if message and supervisor.ATTEMPT_DIR not in os.environ:

@@ -26,17 +26,18 @@ def find(kind: str, name: str, registry: Mapping[str, str]) -> Callable[..., Any
         )
     try:
         found: Any = import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
     except ModuleNotFoundError as error:
         raise JobError(
             f"{kind} {name!r}: no module named {error.name!r}; it must be importable from the "
             "folder the command runs in"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise JobError(f"{kind} {name!r}: its module raised {_cause(error)}; mend it, then start again") from error
+    try:
+        for part in attribute.split("."):
+            found = getattr(found, part)
     except AttributeError as error:
         raise JobError(f"{kind} {name!r}: {error}; check the spelling after the colon") from error
-    except Exception as error:
-        raise JobError(f"{kind} {name!r}: its module raised {_cause(error)}; mend it, then start again") from error
     if not callable(found):
         raise JobError(f"{kind} {name!r} is a {type(found).__name__}, not a class or function")
     return found  # type: ignore[no-any-return]
@@ -68,7 +69,10 @@ def checked_args(
     offers: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The arguments to call a constructor with. Raises JobError that lists every unknown, missing or ill-typed one."""
-    parameters = list(inspect.signature(constructor).parameters.values())[positional:]
+    try:
+        parameters = list(inspect.signature(constructor).parameters.values())[positional:]
+    except ValueError as error:
+        raise JobError(f"{kind} {component.name!r}: {error}; wrap it in a function of your own") from error
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
     args: dict[str, Any] = {name: value for name, value in (offers or {}).items() if name in named} | component.args
@@ -113,7 +117,7 @@ def _type_problem(name: str, value: Any, hints: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """`ValueError: message (file, line)` of where the user's code raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.errors import JobError
 
-_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 _START_TIMEOUT = timedelta(minutes=10)
 
 
@@ -43,52 +43,44 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
 
     A half-set environment is refused.
     """
-    given = [name for name in _NEEDED[:3] if name in environment]
+    given = [name for name in _NUMBERS[:3] if name in environment]
     if not given:
         return ALONE
-    missing = [name for name in _NEEDED if not environment.get(name)]
+    missing = [name for name in (*_NUMBERS, "MASTER_ADDR") if not environment.get(name)]
     if missing:
-        raise JobError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; "
-            "start with torchrun, which sets all, or unset them"
-        )
-    try:
-        ranks = Ranks(*(int(environment[name]) for name in _NEEDED[:3]))
-        int(environment["MASTER_PORT"])
-    except ValueError as error:
-        raise JobError(
-            f"the environment's {', '.join(_NEEDED[:3])} and MASTER_PORT must be integers: {error}"
-        ) from None
-    if not 0 <= ranks.rank < ranks.world_size or not 0 <= ranks.local_rank <= ranks.rank:
-        raise JobError(
-            f"RANK {ranks.rank}, LOCAL_RANK {ranks.local_rank} and WORLD_SIZE {ranks.world_size} do not fit together"
-        )
+        remedy = "start with torchrun, which sets all, or unset them"
+        raise JobError(f"the environment sets {', '.join(given)} but not {', '.join(missing)}; {remedy}")
+    values = {name: environment[name] for name in _NUMBERS}
+    if not all(value.isdecimal() for value in values.values()):
+        raise JobError(f"the environment's {', '.join(_NUMBERS)} must be whole numbers, not {values}")
+    ranks = Ranks(*(int(values[name]) for name in _NUMBERS[:3]))
+    if not ranks.local_rank <= ranks.rank < ranks.world_size:
+        raise JobError(f"the environment's ranks do not fit together: {values}; LOCAL_RANK <= RANK < WORLD_SIZE")
     return ranks
 
 
 def choose_device(name: str, ranks: Ranks) -> torch.device:
     """The device of this rank. Raises JobError where the one that was asked for is not there."""
-    available = [
-        kind
-        for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-        if there
-    ]
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
-        name = available[0] if available and not (available[0] == "mps" and ranks.world_size > 1) else "cpu"
-    if name not in (*available, "cpu"):
+        name = next(kind for kind in available if kind != "mps" or ranks.world_size == 1)  # ranks cannot talk over mps
+    if name not in available:
         raise JobError(
-            f"train.device is {name}, but this machine offers {', '.join([*available, 'cpu'])}; "
-            "use one of these or auto"
+            f"train.device is {name}, but this machine offers {', '.join(available)}; use one of these or auto"
         )
-    if name == "cuda":
-        if ranks.local_rank >= torch.cuda.device_count():
-            raise JobError(
-                f"local rank {ranks.local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
-                "start fewer processes"
-            )
-        torch.cuda.set_device(ranks.local_rank)  # before the process group, or every rank would talk through GPU 0
-        return torch.device("cuda", ranks.local_rank)
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    if ranks.local_rank >= (count := torch.cuda.device_count()):
+        raise JobError(f"local rank {ranks.local_rank} has no GPU of its own: {count} visible; start fewer processes")
+    torch.cuda.set_device(ranks.local_rank)  # before the process group, or every rank would talk through GPU 0
+    return torch.device("cuda", ranks.local_rank)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """What `auto` means on a device: bf16 where a GPU has it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def join(ranks: Ranks, device: torch.device) -> None:

@@ -3,9 +3,8 @@
 The only module that knows both the job file and the loop.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from toolkit import components, datasets, diagnosis, distributed, optim, storage
 from toolkit.checkpoint import Checkpointer
 from toolkit.config import Fraction, Job
 from toolkit.config.text import dump
-from toolkit.datasets.loader import Batch, EvaluationSteps, TrainingSteps, batches
+from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
 from toolkit.datasets.transforms import TRANSFORMS
@@ -23,7 +22,7 @@ from toolkit.distributed import ALONE, Agreement, Ranks
 from toolkit.errors import JobError, RunError
 from toolkit.models import MODELS
 from toolkit.observers.checkpoints import Checkpoints
-from toolkit.observers.evaluation import Evaluation
+from toolkit.observers.evaluation import Batches, Evaluation
 from toolkit.observers.heartbeat import Heartbeat
 from toolkit.observers.metrics import Metrics
 from toolkit.observers.progress import ProgressBar
@@ -32,6 +31,8 @@ from toolkit.run import Run, changed
 from toolkit.signals import StopSignals
 from toolkit.tasks import TASKS
 from toolkit.trainer import Observer, Trainer
+
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "sep": "\n"}
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Parts:
 
     trainer: Trainer
     steps: TrainingSteps
-    val: Callable[[], Iterable[Any]] | None
-    test: Callable[[], Iterable[Any]] | None
+    val: Batches | None
+    test: Batches | None
 
 
 def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, command: Sequence[str] = ()) -> Result:
@@ -60,15 +61,13 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
     Raises JobError before anything is written.
     """
     console = console or Console(quiet=True)
-    signals = StopSignals()
-    signals.listen()
+    signals = StopSignals().listen()
     device = distributed.choose_device(job.train.device, ranks)
     distributed.join(ranks, device)
     run = Run(job.run.dir)
     if done := distributed.from_rank_0(lambda: _completed(run, job)):
         console.print(
-            f"{done['summary']}\nThis run is complete: raise train.epochs to go on, or start over with --fresh.",
-            highlight=False,
+            done["summary"], "This run is complete: raise train.epochs to go on, or start over with --fresh.", **_PLAIN
         )
         return Result("completed", run.url, done["step"], done["metrics"])
     parts = build(job, ranks, device)
@@ -79,12 +78,7 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
 
 def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
     """Every part of the job, checked against the others. Raises JobError; writes nothing."""
-    batch_size = job.data.global_batch_size
-    if batch_size < ranks.world_size:
-        raise JobError(
-            f"data.global_batch_size {batch_size} is less than the {ranks.world_size} ranks; "
-            f"use at least {ranks.world_size}, or launch.processes={batch_size}"
-        )
+    job.check_ranks(ranks.world_size)
     data = datasets.build("data.train", job.data.train)
     shapes = datasets.shapes(data)
     val: Any = None
@@ -95,35 +89,23 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
     test = datasets.build("data.test", job.data.test) if job.data.test else None
     transforms = [components.build("data.transforms", transform, TRANSFORMS) for transform in job.data.transforms]
     sampler = ElasticDistributedSampler(
-        data, ranks.world_size, ranks.rank, seed=job.run.seed, global_batch_size=batch_size
+        data, ranks.world_size, ranks.rank, seed=job.run.seed, global_batch_size=job.data.global_batch_size
     )
     micro_batch_size = None if job.train.micro_batch_size == "auto" else job.train.micro_batch_size
     steps = TrainingSteps(data, sampler, micro_batch_size, transforms)
-    total_steps = min(
-        ceil(job.train.epochs * len(data) / batch_size) if job.train.epochs else job.train.max_steps or 0,
-        job.train.max_steps or 2**63,
-    )
-    eval_size = steps.micro_batch_size if job.eval.batch_size == "auto" else job.eval.batch_size
-
-    def whole(dataset: Any) -> Callable[[], Iterable[list[Batch]]] | None:
-        if dataset is None:
-            return None
-        evaluation = EvaluationSteps(dataset, eval_size, ranks.rank, ranks.world_size, transforms)
-        return lambda: batches(evaluation, 0, len(evaluation), job.data.workers, device)
-
-    trainer = _trainer(job, ranks, device, shapes, total_steps)
-    return Parts(trainer, steps, whole(val), whole(test))
+    trainer = _trainer(job, ranks, device, shapes, sampler)
+    return Parts(trainer, steps, _evaluated(job, val, steps, trainer), _evaluated(job, test, steps, trainer))
 
 
-def _trainer(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any], total_steps: int) -> Trainer:
+def _trainer(
+    job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any], sampler: ElasticDistributedSampler
+) -> Trainer:
     seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine
     model = components.build("model", job.model, MODELS, offers=shapes).to(device)
     if job.train.compile:
         model.compile()
-    if job.train.precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    else:
-        precision = job.train.precision
+    by_epochs = sampler.first_step(job.train.epochs) if job.train.epochs else float("inf")
+    total_steps = int(min(by_epochs, job.train.max_steps or float("inf")))
     return Trainer(
         model,
         components.build("task", job.task, TASKS),
@@ -134,9 +116,18 @@ def _trainer(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any
         global_batch_size=job.data.global_batch_size,
         ranks=ranks,
         seed=job.run.seed,
-        precision=precision,
+        precision=distributed.choose_precision(job.train.precision, device),
         clip_grad_norm=job.train.clip_grad_norm,
     )
+
+
+def _evaluated(job: Job, dataset: Any, steps: TrainingSteps, trainer: Trainer) -> Batches | None:
+    """This rank's batches of a whole set, anew at each call."""
+    if dataset is None:
+        return None
+    size = steps.micro_batch_size if job.eval.batch_size == "auto" else job.eval.batch_size
+    share = EvaluationSteps(dataset, size, trainer.ranks.rank, trainer.ranks.world_size, steps.transforms)
+    return lambda: batches(share, 0, len(share), job.data.workers, trainer.device)
 
 
 def _rehearse(parts: Parts) -> None:
@@ -159,17 +150,15 @@ def _open(run: Run, job: Job, command: Sequence[str]) -> None:
 
 def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
     trainer, state, leads = parts.trainer, parts.trainer.state, parts.trainer.ranks.leads
-    best = job.checkpoint.best
-    checkpointer = Checkpointer(run.at("checkpoints"), job.checkpoint.keep, best.mode if best else "max")
+    checkpointer = _checkpointer(run.url, job)
     newest = distributed.from_rank_0(checkpointer.newest)
     if newest is not None:
         checkpointer.load(newest, state)
     if leads:
         run.metrics.open(last_step=state.step)
     _announce(run, job, parts, console)
-    saves = Checkpoints(
-        checkpointer, job.checkpoint.every_steps, job.checkpoint.every_min, best.metric if best else None, leads
-    )
+    metric = job.checkpoint.best.metric if job.checkpoint.best else None
+    saves = Checkpoints(checkpointer, job.checkpoint.every_steps, job.checkpoint.every_min, metric, leads)
     agreement = Agreement(trainer.ranks, {"stop": signals.wanted, "save": saves.overdue})
     remaining = batches(parts.steps, state.step, trainer.total_steps, job.data.workers, trainer.device)
     try:
@@ -177,9 +166,16 @@ def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Co
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps)
         if leads:
-            run.set_status("failed", step=state.step, reason=str(cause))
+            run.set_status("failed", step=state.step, reason=str(cause), exit=1)
         raise cause from error
+    finally:
+        run.metrics.close()
     return _ended(run, job, trainer, signals, console)
+
+
+def _checkpointer(url: str, job: Job) -> Checkpointer:
+    mode = job.checkpoint.best.mode if job.checkpoint.best else "max"
+    return Checkpointer(storage.join(url, "checkpoints"), job.checkpoint.keep, mode)
 
 
 def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Console) -> list[Observer]:
@@ -196,9 +192,10 @@ def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Co
 
     evaluation = Evaluation(due, parts.val, parts.test)
     if not parts.trainer.ranks.leads:
-        return [evaluation, Metrics(job.log.every_steps, steps_per_epoch, []), saves]
+        return [evaluation, Metrics(job.log.every_steps, steps_per_epoch, [], job.checkpoint.every_steps), saves]
     progress = ProgressBar(console)
-    metrics = Metrics(job.log.every_steps, steps_per_epoch, [run.metrics.append, progress.show])
+    sinks = [run.metrics.append, progress.show]
+    metrics = Metrics(job.log.every_steps, steps_per_epoch, sinks, job.checkpoint.every_steps)
     return [evaluation, metrics, saves, Heartbeat(run, steps_per_epoch), progress]
 
 
@@ -209,7 +206,6 @@ def _ended(run: Run, job: Job, trainer: Trainer, signals: StopSignals, console: 
     if trainer.ranks.leads:
         lines = [line for line in run.metrics.read() if line["step"] == step]
         metrics = {name: value for line in lines for name, value in line.items() if name.startswith(("val/", "test/"))}
-        run.metrics.close()
         found = "".join(f"  {name} {value:.4f}" for name, value in sorted(metrics.items()))
         summary = f"{job.run.name}: {state} at step {step} of {trainer.total_steps}{found}\nrun directory: {run.url}"
         reason = (
@@ -224,9 +220,9 @@ def _ended(run: Run, job: Job, trainer: Trainer, signals: StopSignals, console: 
             metrics=metrics,
             summary=summary,
         )
-        console.print(summary, highlight=False, soft_wrap=True)
+        console.print(summary, **_PLAIN)
         if state == "preempted":
-            console.print("Everything is saved; the same command goes on from here.", highlight=False)
+            console.print("Everything is saved; the same command goes on from here.", **_PLAIN)
     distributed.leave()
     return Result(state, run.url, step, metrics)
 
@@ -241,8 +237,7 @@ def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
         f"{parameters} parameters, {sampler.size} training samples, {trainer.total_steps} "
         f"steps of {sampler.global_batch_size}, "
         f"{ranks} on {trainer.device}",
-        highlight=False,
-        soft_wrap=True,
+        **_PLAIN,
     )
 
 
@@ -263,8 +258,7 @@ def evaluate(job: Job, url: str, which: str = "last", split: str = "test") -> di
     batches_of = parts.val if split == "val" else parts.test
     if batches_of is None:
         raise JobError(f"the job of {url} has no data.{split}; use --split {'test' if split == 'val' else 'val'}")
-    best = job.checkpoint.best
-    checkpointer = Checkpointer(storage.join(url, "checkpoints"), mode=best.mode if best else "max")
+    checkpointer = _checkpointer(url, job)
     step = {"last": checkpointer.newest, "best": checkpointer.best}.get(
         which, lambda: int(which) if which.isdigit() else None
     )()

@@ -16,9 +16,10 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
-    def listen(self) -> None:
+    def listen(self) -> "StopSignals":
         for number in STOPPING:
             signal.signal(number, self._handle)
+        return self
 
     def wanted(self) -> bool:
         return self.received is not None

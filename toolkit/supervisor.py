@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from toolkit import storage
+from toolkit.config import Job
 from toolkit.run import Run
 from toolkit.signals import StopSignals
 
@@ -32,18 +33,10 @@ _POLL_S = 0.1
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def default_processes(environment: Mapping[str, str]) -> int:
-    """One a GPU that this process may use, else 1."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return max(1, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
-    return max(1, len([entry for entry in Path("/dev").glob("nvidia*") if entry.name[6:].isdigit()]))
-
-
-def supervise(words: Sequence[str], processes: int, run_url: str, environment: Mapping[str, str]) -> int:
+def supervise(job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
     """Run `toolkit WORDS` on that many ranks and return the run's exit status. No process of it is left behind."""
-    signals = StopSignals()
-    signals.listen()
+    job.check_ranks(processes)
+    signals = StopSignals().listen()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of a dead torchrun become our children, where they can be found
     with tempfile.TemporaryDirectory(prefix="toolkit-attempt-") as folder:
         attempt = Attempt(Path(folder), processes)
@@ -53,7 +46,7 @@ def supervise(words: Sequence[str], processes: int, run_url: str, environment: M
         finally:
             _kill_descendants()
         status, message = attempt.verdict()
-        _keep_logs(attempt, run_url, status, message)
+        _keep_logs(attempt, job.run.dir, status, message)
     if message:
         print(message, file=sys.stderr)
     return status

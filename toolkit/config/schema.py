@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from toolkit.errors import JobError
+
 
 class Section(BaseModel):
     """A part of the job file: unknown keys are errors, types are not guessed, nothing changes afterwards."""
@@ -128,19 +130,28 @@ class Launch(Section):
 class Job(Section):
     """One job file, whole. `${…}` is already replaced; `written` remembers what must be stored as it was written."""
 
-    run: Run
+    run: Run = Field(description="what the run is called, where it lives, its seed")
     task: ComponentField = Field(description="classification, regression, language_modeling or your own")
-    data: Data
-    model: ComponentField
-    optimizer: ComponentField
-    schedule: ComponentField = Component(name="constant")
-    train: Train
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    log: Log = Log()
-    launch: Launch = Launch()
+    data: Data = Field(description="what is learnt from, and how much of it a step takes")
+    model: ComponentField = Field(description="cnn, gpt, mlp or your own nn.Module")
+    optimizer: ComponentField = Field(description="adam, adamw, sgd or your own")
+    schedule: ComponentField = Field(Component(name="constant"), description="factor of the learning rate at a step")
+    train: Train = Field(description="how long to train, and how")
+    eval: Eval = Field(Eval(), description="when val is looked at")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="when to save, and what to keep")
+    log: Log = Field(Log(), description="when metrics are written")
+    launch: Launch = Field(Launch(), description="how many processes train")
 
     _written: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
+
+    def check_ranks(self, count: int) -> None:
+        """Raises JobError if a global batch cannot be shared among `count` ranks."""
+        size = self.data.global_batch_size
+        if size < count:
+            raise JobError(
+                f"data.global_batch_size {size} is less than the {count} ranks; "
+                f"use at least {count}, or launch.processes={size}"
+            )
 
     def as_written(self) -> dict[str, Any]:
         """The job in full with every default, `${env:…}` as the file has it, so that no secret is stored."""

@@ -127,8 +127,12 @@ class _Reader:
 
 
 class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a list that appears twice in full each time: `parse` refuses aliases."""
+        return True
+
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        style = '"' if scalar(text) is not text else None
+        style = '"' if scalar(text) is not text or not text.isprintable() else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

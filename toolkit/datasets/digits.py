@@ -43,4 +43,4 @@ class Digits(Dataset[Any]):
 
     def gather(self, indices: Int64s) -> tuple[Tensor, Tensor]:
         at = torch.from_numpy(indices)
-        return self.inputs[at], self.targets[at]
+        return self.inputs.index_select(0, at), self.targets.index_select(0, at)

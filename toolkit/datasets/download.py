@@ -27,7 +27,7 @@ def fetched(url: str, sha256: str, cache: str) -> Path:
 def _verified(url: str, sha256: str) -> bytes:
     try:
         content = storage.read(url)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each file system raises its own kind: aiohttp's are no OSError
         raise JobError(
             f"{url} cannot be downloaded ({type(error).__name__}: {error}); check the network, or give the "
             "folder of the files as root"

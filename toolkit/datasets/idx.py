@@ -73,7 +73,7 @@ class IdxImages(Dataset[Any]):
 
     def gather(self, indices: Int64s) -> tuple[Tensor, Tensor]:
         at = torch.from_numpy(indices)
-        return self.images[at].unsqueeze(1).float().div_(255), self.targets[at]
+        return self.images.index_select(0, at).unsqueeze(1).float().div_(255), self.targets.index_select(0, at)
 
 
 class Mnist(IdxImages):

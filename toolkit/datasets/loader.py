@@ -3,7 +3,9 @@
 One item of work is one rank's share of one step, cut into micro-batches.
 """
 
+import atexit
 import ctypes
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from math import ceil
@@ -152,6 +154,8 @@ def _gathered(dataset: Any, indices: Int64s, epochs: Int64s, seed: int) -> tuple
         whole = dataset.gather(indices)
     else:
         if hasattr(dataset, "__getitems__"):
+            # One seed for the batch: what it draws survives a resume, though not another number of ranks.
+            seed_everything(derive(seed, int(epochs[0]), int(indices[0])))
             whole = dataset.__getitems__(indices.tolist())
         else:
             whole = [_item(dataset, i, e, seed) for i, e in zip(indices.tolist(), epochs.tolist(), strict=True)]
@@ -198,6 +202,15 @@ def _worker_starts(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End what an error has left behind: Python would send workers SIGTERM, which they ignore, and wait for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for a killed worker
+            child.kill()
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""One line of metrics every few steps, and whenever an evaluation has something to say."""
+"""One line of metrics every few steps, at every save, and whenever an evaluation has something to say."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,18 +10,27 @@ Line = Mapping[str, Any]
 class Metrics:
     """Gives each line to every sink: the run's metrics.jsonl, the console.
 
-    Other ranks than 0 have no sinks but take part in the sums.
+    Other ranks than 0 have no sinks but take part in the sums. There is a line at each save, so that none averages over
+    a resume: the losses before it are no more.
     """
 
-    def __init__(self, every_steps: int, steps_per_epoch: float, sinks: Sequence[Callable[[Line], None]]) -> None:
+    def __init__(
+        self,
+        every_steps: int,
+        steps_per_epoch: float,
+        sinks: Sequence[Callable[[Line], None]],
+        saved_every_steps: int | None = None,
+    ) -> None:
         self.every_steps, self.steps_per_epoch, self.sinks = every_steps, steps_per_epoch, sinks
+        self.saved_every_steps = saved_every_steps or every_steps
 
     def start(self, trainer: Any) -> None:
         self.since_s = time.monotonic()
 
     def after_step(self, trainer: Any, agreed: frozenset[str]) -> None:
         step = trainer.state.step
-        if step % self.every_steps and not trainer.report and not agreed and not trainer.finished:
+        due = step % self.every_steps == 0 or step % self.saved_every_steps == 0
+        if not (due or trainer.report or agreed or trainer.finished):
             return
         loss = trainer.mean_loss()
         interval, now_s = trainer.interval, time.monotonic()
@@ -31,7 +40,7 @@ class Metrics:
             "train/loss": loss,
             "train/learning_rate": trainer.state.optimizer.param_groups[0]["lr"],
             "train/samples_per_s": round(
-                interval.steps * trainer.global_batch_size / max(now_s - self.since_s, 1e-9), 1
+                interval.steps * trainer.global_batch_size / max(now_s - self.since_s - interval.elsewhere_s, 1e-9), 1
             ),
             **({"train/grad_norm": interval.grad_norm.item()} if interval.grad_norm is not None else {}),
             **trainer.report,

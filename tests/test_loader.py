@@ -1,0 +1,293 @@
+"""Steps -> batches: any kind of dataset, the same samples and the same augmentation however the work is divided."""
+
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from toolkit.datasets.digits import Digits
+from toolkit.datasets.loader import Batch, EvaluationSteps, TrainingSteps, batches
+from toolkit.datasets.sampler import ElasticDistributedSampler
+from toolkit.datasets.split import held_out
+from toolkit.datasets.transforms import Crop, Flip, Normalise
+from toolkit.errors import JobError, RunError
+from toolkit.randomness import seed_everything
+
+CPU = torch.device("cpu")
+DIVISIONS = [(1, 7, 0), (2, None, 0), (3, 5, 0), (7, 1, 0), (1, None, 2), (2, 9, 2)]  # ranks, micro-batch, workers
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on a machine of one core
+
+
+class Items:
+    """A user's own dataset: sample i is (i as a vector of two, 10 i)."""
+
+    source = "own/files"
+
+    def __init__(self, size: int = 40) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((2,), float(index)), 10 * index
+
+
+class Dicts(Items):
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = super().__getitem__(index)
+        return {"target": target, "input": inputs, "name": str(index)}
+
+
+class ListsOfSamples(Items):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [Items.__getitem__(self, index) for index in indices]
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("asked for one sample, though it gives many at once")
+
+
+class WholeBatches(ListsOfSamples):
+    def __getitems__(self, indices: list[int]) -> Any:
+        numbers = torch.tensor(indices)
+        return numbers[:, None].expand(-1, 2).float(), numbers * 10
+
+
+class Collating(Items):
+    """Samples of different lengths, which only its own `collate_fn` can put together."""
+
+    def __getitem__(self, index: int) -> Any:
+        return [float(index)] * (1 + index % 2), 10 * index
+
+    def collate_fn(self, samples: list[Any]) -> Any:
+        return torch.tensor([[values[0]] * 2 for values, _ in samples]), torch.tensor([target for _, target in samples])
+
+
+class Drawing(Items):
+    """Augments by itself, from all three global generators."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor([random.random(), np.random.rand(), float(torch.rand(()))]), index
+
+
+class DrawingTogether(Drawing):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [self[index] for index in indices]
+
+
+class Broken(Items):
+    def __getitem__(self, index: int) -> Any:
+        if index == 17:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+class Ragged(Items):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(1 + index % 2), index
+
+
+def training(dataset: Any, world_size: int = 1, rank: int = 0, batch: int = 32, **options: Any) -> TrainingSteps:
+    sampler = ElasticDistributedSampler(dataset, world_size, rank, seed=3, global_batch_size=batch)
+    return TrainingSteps(dataset, sampler, **options)
+
+
+def inputs_of(
+    dataset: Any, world_size: int, micro_batch_size: int | None, workers: int, start: int = 0, **options: Any
+) -> dict[tuple[int, int], list[float]]:
+    """The input of each (epoch, sample) in steps `start` to 4, read by all ranks of a world."""
+    found = {}
+    for rank in range(world_size):
+        steps = training(dataset, world_size, rank, micro_batch_size=micro_batch_size, **options)
+        for step, micro_batches in enumerate(batches(steps, start, 4, workers, CPU), start):
+            epochs, indices = steps.share(step)
+            assert np.array_equal(np.concatenate([batch.indices for batch in micro_batches]), indices)
+            inputs = torch.cat([batch.input for batch in micro_batches]).flatten(1).tolist()
+            found |= dict(zip(zip(epochs.tolist(), indices.tolist(), strict=True), inputs, strict=True))
+    return found
+
+
+def refusal(steps: Any, workers: int) -> str:
+    """What is said of steps that cannot be read."""
+    try:  # pytest.raises would keep the traceback, and with it the workers
+        list(batches(steps, 0, 4, workers, CPU))
+    except RunError as error:
+        return str(error)
+    raise AssertionError("every step could be read")
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "sizes"), [(None, [32]), (10, [10, 10, 10, 2]), (16, [16, 16]), (99, [32])]
+)
+def test_a_share_is_cut_into_micro_batches_of_at_most_the_size_asked_for(
+    micro_batch_size: int | None, sizes: list[int]
+) -> None:
+    step = training(Items(), micro_batch_size=micro_batch_size)[0]
+    assert [len(batch.input) for batch in step] == [len(batch.indices) for batch in step] == sizes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [Items, Dicts, ListsOfSamples, WholeBatches, Collating])
+def test_any_kind_of_dataset_gives_its_samples_in_order(kind: type[Items], workers: int) -> None:
+    steps = list(batches(training(kind(), micro_batch_size=20), 0, 3, workers, CPU))
+    assert [len(step) for step in steps] == [2, 2, 2]
+    for batch in (batch for step in steps for batch in step):
+        numbers = torch.from_numpy(batch.indices)
+        assert torch.equal(batch.input, numbers[:, None].expand(-1, 2).float())
+        assert torch.equal(batch.target, numbers * 10)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_leaves_the_generator_of_the_model_alone(workers: int) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(batches(training(Digits()), 0, 2, workers, CPU))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size", "workers"), DIVISIONS)
+@pytest.mark.parametrize("split", [False, True])
+def test_augmentation_of_a_sample_is_the_same_however_the_work_is_divided(
+    world_size: int, micro_batch_size: int | None, workers: int, split: bool
+) -> None:
+    digits = Subset(Digits(), range(45))
+    dataset = held_out(digits, 0.1, seed=3)[0] if split else digits
+    transforms = [Crop(1), Flip(), Normalise(0.5, 2.0)]
+    expected = inputs_of(dataset, 1, None, 0, transforms=transforms)
+    assert inputs_of(dataset, world_size, micro_batch_size, workers, transforms=transforms) == expected
+
+
+def test_augmentation_differs_between_epochs_and_between_transforms_of_one_kind() -> None:
+    class Noise:
+        random = True
+
+        def __call__(self, inputs: Tensor, draw: Any) -> Tensor:
+            return torch.cat([inputs, torch.from_numpy(draw(0))[:, None].float()], 1)
+
+    found = inputs_of(Items(), 1, None, 0, transforms=[Noise(), Noise()])
+    draws = [value for inputs in found.values() for value in inputs[2:]]
+    assert {epoch for epoch, _ in found} >= {0, 1, 2}
+    assert len(set(draws)) == len(draws) == 2 * 4 * 32
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size", "workers"), DIVISIONS)
+def test_a_dataset_that_draws_by_itself_draws_the_same_however_the_work_is_divided(
+    world_size: int, micro_batch_size: int | None, workers: int
+) -> None:
+    expected = inputs_of(Drawing(), 1, None, 0)
+    assert len({tuple(inputs) for inputs in expected.values()}) == len(expected)
+    assert inputs_of(Drawing(), world_size, micro_batch_size, workers) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dataset", [DrawingTogether(), Subset(Drawing(), range(40))], ids=["own", "subset"])
+def test_a_dataset_that_draws_batch_by_batch_draws_the_same_after_a_resume(dataset: Any, workers: int) -> None:
+    undisturbed = inputs_of(dataset, 1, None, 0)
+    seed_everything(99)  # whatever a start has drawn before its first step
+    resumed = inputs_of(dataset, 1, None, workers, start=2)
+    assert resumed == {key: undisturbed[key] for key in resumed}
+
+
+def test_random_transforms_are_left_out_of_evaluation_and_others_are_not() -> None:
+    (batch,) = EvaluationSteps(Digits(), 50, 0, 1, [Crop(2), Flip(1.0), Normalise(0.5, 2.0)])[0]
+    assert torch.equal(batch.input, (Digits().inputs[:50] - 0.5) / 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [1797, 3])
+@pytest.mark.parametrize("batch_size", [1000, 64])
+def test_evaluation_covers_every_sample_once_in_as_many_batches_on_each_rank(
+    world_size: int, size: int, batch_size: int
+) -> None:
+    dataset = Subset(Digits("all"), range(size))
+    ranks = [EvaluationSteps(dataset, batch_size, rank, world_size) for rank in range(world_size)]
+    read = [[batch for (batch,) in batches(steps, 0, len(steps), 0, CPU)] for steps in ranks]
+    assert len({len(rank) for rank in read}) == 1
+    assert np.concatenate([batch.indices for rank in read for batch in rank]).tolist() == list(range(size))
+    for batch in (batch for rank in read for batch in rank if len(batch.indices)):
+        assert torch.equal(batch.input, Digits("all").inputs[torch.from_numpy(batch.indices)])
+
+
+def test_a_rank_without_samples_still_has_inputs_for_its_model() -> None:
+    (batch,) = EvaluationSteps(Items(3), 8, 0, 5)[0]
+    assert (len(batch.indices), batch.input.shape) == (0, (1, 2))
+
+
+def test_evaluation_of_a_split_names_samples_by_their_number_in_the_whole() -> None:
+    _, val = held_out(Items(), 0.5, seed=1)
+    (batch,) = EvaluationSteps(val, 99, 0, 1)[0]
+    assert batch.indices.tolist() == val.original(np.arange(20)).tolist()
+    assert batch.target.tolist() == [10 * index for index in batch.indices]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        (Broken(), "own/files"),
+        (held_out(Broken(), 0.3, seed=4)[0], "own/files"),
+        (Subset(Broken(), range(40)), "Subset"),
+    ],
+    ids=["items", "split", "getitems"],
+)
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_sample_that_cannot_be_read_is_named_with_its_source(
+    dataset: Any, name: str, workers: int, evaluation: bool
+) -> None:
+    steps = EvaluationSteps(dataset, 8, 0, 1) if evaluation else training(dataset)
+    assert f"sample 17 of {name} cannot be read: OSError: the disk is gone" in refusal(steps, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_do_not_fit_together_are_named(workers: int) -> None:
+    message = refusal(training(Ragged()), workers)
+    assert re.match(r"samples \[\d+, .*\] of own/files cannot be put into one batch: ", message)
+
+
+def drawn(*columns: list[float]) -> Any:
+    return lambda number: np.array(columns[number])
+
+
+def test_a_batch_is_a_plain_tuple_of_input_target_and_indices() -> None:
+    inputs, targets, indices = training(Items())[0][0]
+    assert Batch._fields == ("input", "target", "indices")
+    assert (len(inputs), len(targets), len(indices)) == (32, 32, 32)
+
+
+@pytest.mark.parametrize(("row", "column"), [(row, column) for row in (0, 1, 2) for column in (0, 1, 2)])
+def test_crop_shifts_each_image_by_its_own_draw_and_zeros_come_in(row: int, column: int) -> None:
+    images = torch.arange(1.0, 25).view(2, 1, 3, 4)
+    changed = Crop(1)(images, drawn([row / 3 + 0.1, 0.5], [column / 3 + 0.1, 0.5]))
+    padded = torch.zeros(5, 6)
+    padded[1:4, 1:5] = images[0, 0]
+    assert torch.equal(changed[0, 0], padded[row : row + 3, column : column + 4])
+    assert torch.equal(changed[1], images[1])  # the middle draw is no shift
+
+
+@pytest.mark.parametrize(("p", "flipped"), [(0.0, []), (0.5, [0, 1]), (1.0, [0, 1, 2])])
+def test_flip_mirrors_left_to_right_with_its_probability(p: float, flipped: list[int]) -> None:
+    images = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    expected = images.clone()
+    expected[flipped] = images[flipped].flip(3)
+    assert torch.equal(Flip(p)(images, drawn([0.0, 0.49, 0.5 if p < 1 else 0.999])), expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 3)])
+def test_normalise_takes_one_value_a_channel_or_one_for_all(shape: tuple[int, ...]) -> None:
+    inputs = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    by_channel = Normalise([0.1, 0.2, 0.3], [1.0, 2.0, 4.0])(inputs, drawn())
+    for channel, (mean, std) in enumerate([(0.1, 1.0), (0.2, 2.0), (0.3, 4.0)]):
+        torch.testing.assert_close(by_channel[:, channel], (inputs[:, channel] - mean) / std)
+    torch.testing.assert_close(Normalise(0.5, 0.25)(inputs, drawn()), (inputs - 0.5) * 4)
+
+
+@pytest.mark.parametrize("wrong", [lambda: Crop(0), lambda: Normalise(0.0, 0.0), lambda: Normalise([0, 0], [1, -1])])
+def test_a_transform_that_could_not_work_is_refused(wrong: Any) -> None:
+    with pytest.raises(JobError, match="at least 1|above 0"):
+        wrong()

@@ -1,0 +1,270 @@
+"""The loop in a process of its own: gradients, clipping, precision, modes, rehearsal, and a loss that is lost."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from toolkit import session
+from toolkit.checkpoint import Checkpointer
+from toolkit.config import load_job
+from toolkit.datasets.loader import Batch
+from toolkit.distributed import ALONE
+from toolkit.observers.checkpoints import Checkpoints
+from toolkit.tasks import Classification
+from toolkit.trainer import LostLossError, Trainer
+
+CPU = torch.device("cpu")
+SAMPLES, CLASSES = 24, 3
+
+
+def samples(first: int = 0, last: int = SAMPLES) -> Batch:
+    random = torch.Generator().manual_seed(1)
+    inputs = torch.randn(SAMPLES, 5, generator=random)
+    targets = torch.randint(CLASSES, (SAMPLES,), generator=random)
+    return Batch(inputs[first:last], targets[first:last], np.arange(first, last))
+
+
+def micro_batches(*sizes: int) -> list[Batch]:
+    ends = np.cumsum(sizes)
+    return [samples(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def network(*extra: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), *extra, nn.Linear(8, CLASSES))
+
+
+def trainer_of(model: nn.Module, task: Any = None, lr: float = 0.1, **options: Any) -> Trainer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    settings = {"device": CPU, "total_steps": 6, "global_batch_size": SAMPLES} | options
+    return Trainer(model, task or Classification(), optimizer, lambda step: 1.0, **settings)
+
+
+def gradient(trainer: Trainer) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.parameters if parameter.grad is not None])
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
+
+
+@pytest.mark.parametrize("sizes", [(12, 12), (7, 7, 7, 3), (1,) * SAMPLES])
+def test_accumulated_gradients_are_those_of_the_whole_batch(sizes: tuple[int, ...]) -> None:
+    model = network()
+    F.cross_entropy(model(samples().input), samples().target).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    trainer = trainer_of(network())
+    trainer.backward(micro_batches(*sizes))
+    torch.testing.assert_close(gradient(trainer), expected, rtol=1e-5, atol=1e-7)
+
+
+class Weighted:
+    """Sample i counts i % 4 times."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        weight = (torch.arange(self.seen, self.seen + len(target)) % 4).float()
+        self.seen = (self.seen + len(target)) % SAMPLES
+        return F.cross_entropy(output, target, reduction="none"), weight
+
+
+@pytest.mark.parametrize("sizes", [(24,), (5, 5, 5, 5, 4)])
+def test_weighted_losses_give_the_weighted_mean_of_the_global_batch(sizes: tuple[int, ...]) -> None:
+    model = network()
+    weight = (torch.arange(SAMPLES) % 4).float()
+    losses = F.cross_entropy(model(samples().input), samples().target, reduction="none")
+    loss = (losses * weight).sum() / weight.sum()
+    loss.backward()
+    trainer = trainer_of(network(), Weighted())
+    trainer.backward(micro_batches(*sizes))
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(gradient(trainer), expected, rtol=1e-5, atol=1e-7)
+    assert trainer.mean_loss() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_whole_gradient_is_clipped_to_the_norm(precision: str) -> None:
+    free = trainer_of(network())
+    free.backward([samples()])
+    trainer = trainer_of(network(), lr=1.0, clip_grad_norm=0.01, precision=precision)
+    before = weights(trainer)
+    trainer.step([samples()])
+    assert (weights(trainer) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert trainer.interval.grad_norm.item() == pytest.approx(gradient(free).norm().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_computes_in_low_precision_and_keeps_weights_in_full(precision: str) -> None:
+    seen: list[torch.dtype] = []
+    model = network()
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer, full = trainer_of(model, precision=precision), trainer_of(network())
+    trainer.fit([[samples()]] * 6)
+    full.fit([[samples()]] * 6)
+    trainer.evaluate([[samples()]])
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float16] * 7
+    assert weights(trainer).dtype == torch.float32
+    torch.testing.assert_close(weights(trainer), weights(full), rtol=0.05, atol=0.01)
+    assert not torch.equal(weights(trainer), weights(full))
+
+
+def test_fp16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
+    trainer = trainer_of(network(), precision="fp16")
+    scale, before = trainer.state.scaler.get_scale(), weights(trainer)
+    trainer.backward([samples()])
+    unscaled = trainer_of(network())
+    unscaled.backward([samples()])
+    torch.testing.assert_close(gradient(trainer) / scale, gradient(unscaled), rtol=0.05, atol=1e-3)
+    trainer.state.optimizer.zero_grad()
+
+    huge = samples()
+    trainer.step([huge._replace(input=huge.input * 1e30)])
+    assert torch.equal(weights(trainer), before)
+    assert trainer.state.scaler.get_scale() == scale / 2
+    trainer.step([samples()])
+    assert not torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_other_precisions_scale_nothing(precision: str) -> None:
+    assert not trainer_of(network(), precision=precision).state.scaler.is_enabled()
+
+
+class Recorder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.training_seen: list[bool] = []
+        self.inference_seen: list[bool] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.training_seen.append(self.training)
+        self.inference_seen.append(torch.is_inference_mode_enabled())
+        return inputs
+
+
+def test_training_trains_and_evaluation_evaluates_without_a_graph() -> None:
+    recorder = Recorder()
+    trainer = trainer_of(network(recorder))
+    trainer.model.eval()  # as a loop of one's own may have left it
+    trainer.fit([[samples()]] * 2)
+    trainer.evaluate([[samples()], [samples()]])
+    trainer.fit([[samples()]])
+    assert recorder.training_seen == [True, True, False, False, True]
+    assert recorder.inference_seen == [False, False, True, True, False]
+
+
+def test_evaluation_is_exact_over_uneven_batches() -> None:
+    trainer = trainer_of(network())
+    found = trainer.evaluate([[batch] for batch in micro_batches(9, 9, 5, 1)])
+    output = trainer.model(samples().input)
+    assert found["accuracy"] == (output.argmax(1) == samples().target).sum().item() / SAMPLES
+    assert found["loss"] == pytest.approx(F.cross_entropy(output, samples().target).item(), rel=1e-6)
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    plain, rehearsed = (trainer_of(network(nn.BatchNorm1d(8), nn.Dropout(0.5))) for _ in range(2))
+    for trainer in (plain, rehearsed):
+        trainer.fit([[samples()]] * 2)
+    before = {name: tensor.clone() for name, tensor in rehearsed.state.model.state_dict().items()}
+    optimizer = [tensor.clone() for state in rehearsed.state.optimizer.state.values() for tensor in state.values()]
+    rehearsed.rehearse(micro_batches(20, 4))
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in rehearsed.state.model.state_dict().items())
+    now = [tensor for state in rehearsed.state.optimizer.state.values() for tensor in state.values()]
+    assert len(optimizer) == len(now)
+    assert all(torch.equal(one, other) for one, other in zip(now, optimizer, strict=True))
+    assert rehearsed.state.step == 2
+    assert all(parameter.grad is None for parameter in rehearsed.parameters)
+
+    for trainer in (plain, rehearsed):
+        trainer.interval.restart()
+        trainer.step([samples()])
+    assert torch.equal(weights(plain), weights(rehearsed)), "its random numbers were those of the step itself"
+    assert plain.mean_loss() == rehearsed.mean_loss()
+
+
+def test_a_rehearsed_loss_is_not_reported() -> None:
+    trainer = trainer_of(network())
+    trainer.rehearse([samples()])
+    assert trainer.interval.steps == 0
+    assert trainer.mean_loss() == 0
+
+
+def test_fit_stops_where_the_ranks_agree_and_tells_the_observers() -> None:
+    told: list[Any] = []
+
+    class Observer:
+        def start(self, trainer: Trainer) -> None:
+            told.append("start")
+
+        def after_step(self, trainer: Trainer, agreed: frozenset[str]) -> None:
+            told.append((trainer.state.step, set(agreed)))
+
+        def end(self, trainer: Trainer) -> None:
+            told.append("end")
+
+    class StopAtTwo:
+        def after(self, step: int) -> frozenset[str]:
+            return frozenset({"stop"} if step == 2 else ())
+
+    trainer = trainer_of(network())
+    trainer.fit([[samples()]] * 6, [Observer()], StopAtTwo())
+    assert told == ["start", (1, set()), (2, {"stop"}), "end"]
+    assert not trainer.finished
+
+
+@pytest.mark.parametrize(("every_steps", "saved", "suspects"), [(1, [1, 2], range(2, 3)), (2, [2], range(2, 4))])
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_lost_loss_ends_the_run_and_is_never_saved(
+    tmp_path: Path, every_steps: int, saved: list[int], suspects: range, loss: float
+) -> None:
+    class LostInStepThree(Classification):
+        calls = 0
+
+        def loss(self, output: Tensor, target: Tensor) -> Tensor:
+            self.calls += 1
+            return super().loss(output, target) * (loss if self.calls == 3 else 1)
+
+    class AfterSaves:
+        def start(self, trainer: Trainer) -> None: ...
+
+        def after_step(self, trainer: Trainer, agreed: frozenset[str]) -> None:
+            if trainer.state.step % every_steps == 0:
+                trainer.interval.restart()
+
+        def end(self, trainer: Trainer) -> None: ...
+
+    checkpointer = Checkpointer(str(tmp_path / "checkpoints"))
+    saves = Checkpoints(checkpointer, every_steps, None, None, leads=True)
+    trainer = trainer_of(network(), LostInStepThree())
+    with pytest.raises(LostLossError) as lost:
+        trainer.fit([[samples()]] * 6, [saves, AfterSaves()])
+    assert checkpointer.steps() == saved
+    assert lost.value.steps == suspects
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_job_decides_whether_the_model_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, workplace: Any, wanted: bool
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, *args, **options: compiled.append(module))
+    job = load_job(str(workplace.folder / "digits.yaml"), [f"train.compile={str(wanted).lower()}"], {})
+    parts = session.build(job, ALONE, CPU)
+    assert compiled == ([parts.trainer.state.model] if wanted else [])
+
+
+@pytest.mark.parametrize(("precision", "enabled"), [("auto", False), ("fp32", False), ("fp16", True)])
+def test_auto_precision_is_full_on_a_cpu(workplace: Any, precision: str, enabled: bool) -> None:
+    job = load_job(str(workplace.folder / "digits.yaml"), [f"train.precision={precision}"], {})
+    trainer = session.build(job, ALONE, CPU).trainer
+    assert trainer.state.scaler.is_enabled() == enabled
