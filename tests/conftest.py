@@ -1,5 +1,6 @@
 """What tests share: the command as a user types it, in a folder of its own, and the weights a run ends with."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -59,6 +60,7 @@ class Workplace:
             out, err = process.communicate(timeout=timeout_s)
         finally:
             process.kill()
+            process.wait()
         assert process.returncode == status, f"exit {process.returncode}, not {status}:\n{out}\n{err}"
         return out + err
 
@@ -96,9 +98,9 @@ def nothing_left_behind() -> Iterator[None]:
     before = set(psutil.Process().children(recursive=True))
     yield
     left = [child for child in set(psutil.Process().children(recursive=True)) - before if child.is_running()]
-    left = [child for child in left if "resource_tracker" not in " ".join(child.cmdline())]
     for child in left:
-        child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     assert not left, f"processes left behind: {left}"
 
 

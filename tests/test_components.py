@@ -10,6 +10,7 @@ import pytest
 from toolkit.components import build
 from toolkit.config import Component
 from toolkit.errors import JobError
+from toolkit.secret import Secret
 
 REGISTRY = {"net": "own_parts:Net", "cnn": "own_parts:Open"}
 
@@ -136,8 +137,26 @@ def test_every_wrong_argument_is_named(args: dict[str, Any], problems: list[str]
 
 
 @pytest.mark.usefixtures("module")
-def test_a_list_is_accepted_for_a_tuple() -> None:
-    assert made("net", {"width": 1, "rates": [0.1, 1]})["rates"] == [0.1, 1]
+def test_a_list_becomes_the_tuple_that_is_declared() -> None:
+    assert made("net", {"width": 1, "rates": [0.1, 1]})["rates"] == (0.1, 1.0)
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize(
+    ("name", "args", "value"),
+    [("net", {"width": "12"}, 12), ("Open", {"first": "12"}, "12"), ("Odd", {"size": "12"}, "12")],
+)
+def test_a_secret_becomes_what_the_signature_declares(name: str, args: dict[str, str], value: Any) -> None:
+    name = name if name == "net" else f"own_parts:{name}"
+    secrets = {key: Secret(text, "${env:X}") for key, text in args.items()}
+    assert next(iter(made(name, secrets).values())) == value
+
+
+@pytest.mark.usefixtures("module")
+def test_a_secret_of_the_wrong_type_is_not_shown() -> None:
+    message = refused("net", {"width": Secret("hunter2", "${env:X}")})
+    assert "${env:X}" in message
+    assert "hunter2" not in message
 
 
 @pytest.mark.usefixtures("module")

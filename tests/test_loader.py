@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from toolkit.datasets.digits import Digits
-from toolkit.datasets.loader import Batch, EvaluationSteps, TrainingSteps, batches
+from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
 from toolkit.datasets.transforms import Crop, Flip, Normalise
@@ -252,12 +252,6 @@ def test_samples_that_do_not_fit_together_are_named(workers: int) -> None:
 
 def drawn(*columns: list[float]) -> Any:
     return lambda number: np.array(columns[number])
-
-
-def test_a_batch_is_a_plain_tuple_of_input_target_and_indices() -> None:
-    inputs, targets, indices = training(Items())[0][0]
-    assert Batch._fields == ("input", "target", "indices")
-    assert (len(inputs), len(targets), len(indices)) == (32, 32, 32)
 
 
 @pytest.mark.parametrize(("row", "column"), [(row, column) for row in (0, 1, 2) for column in (0, 1, 2)])

@@ -72,6 +72,9 @@ def _ranks_to_start(wanted: int | str) -> int:
 
 def _train_as_rank(config: Job) -> int:
     """Be one rank of a world, or the whole of it. Returns the run's exit status."""
+    from toolkit.signals import hold_back
+
+    hold_back()  # importing torch takes seconds
     from toolkit import session
     from toolkit.distributed import ranks_from
 
@@ -94,7 +97,7 @@ def evaluate(
     url = storage.join(run, "config.yaml")
     try:
         text = storage.read(url).decode()
-    except FileNotFoundError:
+    except OSError:
         raise JobError(
             f"{run} is no run: it has no config.yaml; give the directory of a run, such as runs/digits_mlp"
         ) from None

@@ -1,5 +1,6 @@
 """A `{name, args}` of the job file -> the object it means. Registries are plain dicts of `module:attribute`."""
 
+import contextlib
 import inspect
 import json
 import traceback
@@ -11,6 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 from toolkit.errors import JobError
+from toolkit.secret import Secret
 
 
 def find(kind: str, name: str, registry: Mapping[str, str]) -> Callable[..., Any]:
@@ -80,7 +82,11 @@ def checked_args(
     problems = []
     for name, value in component.args.items():
         if name in named:
-            problems += _type_problem(name, value, hints)
+            try:
+                args[name] = _typed(value, hints.get(name, Any))
+            except ValidationError as error:
+                allowed = error.errors()[0]["msg"].removeprefix("Input should be ")
+                problems.append(f"argument {name!r} is {value!r}; it must be {allowed}")
         elif not open_ended:
             near = get_close_matches(name, named, 1)
             meant = f"did you mean {near[0]!r}? " if near else ""
@@ -103,18 +109,24 @@ def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _type_problem(name: str, value: Any, hints: Mapping[str, Any]) -> list[str]:
-    if name not in hints:
-        return []
+def _typed(value: Any, hint: Any) -> Any:
+    """The value as the type that the signature declares. Raises ValidationError where it is none."""
     try:
-        # As JSON, where strict means the declared type but a list may still become a tuple.
-        TypeAdapter(hints[name]).validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        allowed = error.errors()[0]["msg"].removeprefix("Input should be ")
-        return [f"argument {name!r} is {value!r}; it must be {allowed}"]
+        adapter = TypeAdapter(hint)
     except (PydanticSchemaGenerationError, PydanticUserError, TypeError):  # a type of the user's own: not ours to judge
-        return []
-    return []
+        return _number(value) if isinstance(value, Secret) else value
+    if isinstance(value, Secret):
+        typed = adapter.validate_strings(str(value))
+        return value if isinstance(typed, str) else typed
+    # As JSON, where strict means the declared type but a list may still become a tuple.
+    return adapter.validate_json(json.dumps(value), strict=True)
+
+
+def _number(text: Secret) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _cause(error: BaseException) -> str:

@@ -3,56 +3,65 @@
 Costs nothing until something has failed.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.datasets.loader import Failure, TrainingSteps
+from toolkit.datasets.loader import Batch, EvaluationSteps, Failure, TrainingSteps
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.errors import RunError
 from toolkit.trainer import LostLossError, Trainer
 
 
-def explained(error: Exception, trainer: Trainer, steps: TrainingSteps) -> Exception:
-    """A RunError with sample, file and remedy where a sample is to blame; else one that says what can be said; else the
-    error itself.
-    """
+def explained(
+    error: Exception, trainer: Trainer, steps: TrainingSteps, evaluations: Iterable[EvaluationSteps] = ()
+) -> Exception:
+    """A RunError that says what is to blame: the sample with its file, if it is one. Else the error itself."""
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(
-            f"out of memory in step {trainer.state.step + 1}: {_first_line(error)}; "
-            "set train.micro_batch_size to a smaller number"
-        )
+        remedy = "set train.micro_batch_size to a smaller number"
+        return RunError(f"out of memory in step {trainer.state.step + 1}: {_first_line(error)}; {remedy}")
     if isinstance(error, RunError) and not isinstance(error, LostLossError):
         return error
-    step = trainer.state.step
-    for at in error.steps if isinstance(error, LostLossError) else range(step, step + 1):
-        if words := _bad_sample(at, trainer, steps):
+    for dataset, batches in _suspects(error, trainer, steps, evaluations):
+        if words := _bad_sample(dataset, batches, trainer):
             return RunError(f"{_first_line(error)}: {words}")
     if isinstance(error, LostLossError):
-        return RunError(
-            f"{error}; every input is finite, so training itself went astray: lower the learning rate, or set "
-            "train.clip_grad_norm"
-        )
+        remedy = "lower the learning rate, or set train.clip_grad_norm"
+        return RunError(f"{error}; every input is finite, so training itself went astray: {remedy}")
     return error
 
 
-def _bad_sample(step: int, trainer: Trainer, steps: TrainingSteps) -> str:
-    """Words for the first sample of a step's whole global batch that is wrong, or nothing."""
-    sampler = steps.sampler
-    whole = ElasticDistributedSampler(
-        range(sampler.size), 1, 0, sampler.shuffle, sampler.seed, global_batch_size=sampler.global_batch_size
+def _suspects(
+    error: Exception, trainer: Trainer, steps: TrainingSteps, evaluations: Iterable[EvaluationSteps]
+) -> Iterator[tuple[Any, list[Batch] | Failure]]:
+    """(dataset, batches) of what was being worked on: the whole global batch of each step, or the evaluated sets."""
+    if trainer.evaluating:
+        for share in evaluations:
+            for step in range(len(share)):
+                yield share.dataset, share[step]
+        return
+    now, own = trainer.state.step, steps.sampler
+    sampler = ElasticDistributedSampler(
+        range(own.size), 1, 0, own.shuffle, own.seed, global_batch_size=own.global_batch_size
     )
-    batches = TrainingSteps(steps.whole_dataset, whole, transforms=steps.transforms)[step]
+    whole = TrainingSteps(steps.whole_dataset, sampler, transforms=steps.transforms)
+    for step in error.steps if isinstance(error, LostLossError) else range(now, now + 1):
+        yield steps.dataset, whole[step]
+
+
+def _bad_sample(dataset: Any, batches: list[Batch] | Failure, trainer: Trainer) -> str:
+    """Words for the first sample that is wrong, or nothing."""
     if isinstance(batches, Failure):
         return batches.message
-    source = getattr(steps.dataset, "source", type(steps.dataset).__name__)
+    source = getattr(dataset, "source", type(dataset).__name__)
     for batch in batches:
         wrong = _not_finite(batch.input)
         if hasattr(trainer.task, "check") and trainer.output_shape:
             wrong |= trainer.task.check(trainer.output_shape, batch.target)
-        if wrong:
+        if wrong and len(batch.indices):
             at = min(wrong)
             return f"sample {batch.indices[at]} of {source}: {wrong[at]}; mend or remove it"
     return ""
@@ -67,4 +76,4 @@ def _not_finite(inputs: Any) -> dict[int, str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0].rstrip(".")

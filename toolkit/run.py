@@ -25,6 +25,9 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
+COMPLETE = "This run is complete: raise train.epochs to go on, or start over with --fresh."
+
+
 class Run:
     """One run directory, local or remote. Only rank 0 writes."""
 
@@ -73,6 +76,14 @@ class Run:
             raise JobError(f"run.dir {self.url} cannot be written: {error}; choose another run.dir") from error
         self._status = {"attempt": len(provenance["attempts"]), "host": machine.get("host"), "pid": os.getpid()}
 
+    def completed(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The status of a run that has already done all that `job`, as plain values, asks for; else None."""
+        status, written = self.status(), self.written_job()
+        if not status or not written or status["state"] != "completed":
+            return None
+        same_end = all(written["train"][key] == job["train"][key] for key in ("epochs", "max_steps"))
+        return status if same_end and not changed(written, job) else None
+
     def set_status(self, state: str, durable: bool = True, **values: Any) -> None:
         """Replace status.json: what is not named stays. `heartbeat` is now."""
         self._status |= {"state": state, "heartbeat": _now(), **values}
@@ -108,6 +119,7 @@ class Journal:
         if path is None:
             self._file = tempfile.NamedTemporaryFile("a", prefix="toolkit-spool-", suffix=".jsonl")  # noqa: SIM115
             self._file.write(content.decode())
+            self._file.flush()  # or an upload before the first line would empty the remote copy
         else:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run is
 
@@ -188,7 +200,8 @@ def _packages() -> dict[str, str]:
 
 def _without_secrets(word: str) -> str:
     """A word of a command line without passwords: those in URLs, and the values of keys that sound like one."""
-    word = re.sub(r"(://)[^/@\s]*@", r"\1…@", word)
+    word = re.sub(r"(://)[^/\s]*@", r"\1…@", word)
+    word = re.sub(r"(?i)([?&][^=&]*(secret|token|password|credential|key|sig)[^=&]*)=[^&\s]*", r"\1=…", word)
     return re.sub(r"(?i)^([^=]*(secret|token|password|credential|key)[^=]*)=.*", r"\1=…", word)
 
 

@@ -27,7 +27,7 @@ from toolkit.observers.heartbeat import Heartbeat
 from toolkit.observers.metrics import Metrics
 from toolkit.observers.progress import ProgressBar
 from toolkit.randomness import derive, seed_everything
-from toolkit.run import Run, changed
+from toolkit.run import COMPLETE, Run
 from toolkit.signals import StopSignals
 from toolkit.tasks import TASKS
 from toolkit.trainer import Observer, Trainer
@@ -51,8 +51,8 @@ class Parts:
 
     trainer: Trainer
     steps: TrainingSteps
-    val: Batches | None
-    test: Batches | None
+    val: EvaluationSteps | None
+    test: EvaluationSteps | None
 
 
 def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, command: Sequence[str] = ()) -> Result:
@@ -65,10 +65,8 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
     device = distributed.choose_device(job.train.device, ranks)
     distributed.join(ranks, device)
     run = Run(job.run.dir)
-    if done := distributed.from_rank_0(lambda: _completed(run, job)):
-        console.print(
-            done["summary"], "This run is complete: raise train.epochs to go on, or start over with --fresh.", **_PLAIN
-        )
+    if done := distributed.from_rank_0(lambda: run.completed(job.as_written())):
+        console.print(done["summary"], COMPLETE, **_PLAIN)
         return Result("completed", run.url, done["step"], done["metrics"])
     parts = build(job, ranks, device)
     _rehearse(parts)
@@ -94,7 +92,7 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
     micro_batch_size = None if job.train.micro_batch_size == "auto" else job.train.micro_batch_size
     steps = TrainingSteps(data, sampler, micro_batch_size, transforms)
     trainer = _trainer(job, ranks, device, shapes, sampler)
-    return Parts(trainer, steps, _evaluated(job, val, steps, trainer), _evaluated(job, test, steps, trainer))
+    return Parts(trainer, steps, _evaluated(job, val, steps, ranks), _evaluated(job, test, steps, ranks))
 
 
 def _trainer(
@@ -121,13 +119,16 @@ def _trainer(
     )
 
 
-def _evaluated(job: Job, dataset: Any, steps: TrainingSteps, trainer: Trainer) -> Batches | None:
-    """This rank's batches of a whole set, anew at each call."""
+def _evaluated(job: Job, dataset: Any, steps: TrainingSteps, ranks: Ranks) -> EvaluationSteps | None:
     if dataset is None:
         return None
     size = steps.micro_batch_size if job.eval.batch_size == "auto" else job.eval.batch_size
-    share = EvaluationSteps(dataset, size, trainer.ranks.rank, trainer.ranks.world_size, steps.transforms)
-    return lambda: batches(share, 0, len(share), job.data.workers, trainer.device)
+    return EvaluationSteps(dataset, size, ranks.rank, ranks.world_size, steps.transforms)
+
+
+def _whole(share: EvaluationSteps | None, job: Job, device: torch.device) -> Batches | None:
+    """This rank's batches of a whole set, anew at each call."""
+    return None if share is None else lambda: batches(share, 0, len(share), job.data.workers, device)
 
 
 def _rehearse(parts: Parts) -> None:
@@ -164,7 +165,7 @@ def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Co
     try:
         trainer.fit(remaining, _observers(run, job, parts, saves, console), agreement)
     except Exception as error:
-        cause = diagnosis.explained(error, trainer, parts.steps)
+        cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
         if leads:
             run.set_status("failed", step=state.step, reason=str(cause), exit=1)
         raise cause from error
@@ -190,7 +191,8 @@ def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Co
             return step % every_steps == 0
         return int(step / steps_per_epoch / every_epochs) > int((step - 1) / steps_per_epoch / every_epochs)
 
-    evaluation = Evaluation(due, parts.val, parts.test)
+    device = parts.trainer.device
+    evaluation = Evaluation(due, _whole(parts.val, job, device), _whole(parts.test, job, device))
     if not parts.trainer.ranks.leads:
         return [evaluation, Metrics(job.log.every_steps, steps_per_epoch, [], job.checkpoint.every_steps), saves]
     progress = ProgressBar(console)
@@ -241,21 +243,11 @@ def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
     )
 
 
-def _completed(run: Run, job: Job) -> dict[str, Any] | None:
-    """The status of a run that has already done all this job asks for, else None."""
-    status, written = run.status(), run.written_job()
-    if not status or not written or status["state"] != "completed":
-        return None
-    now = job.as_written()
-    same_end = all(written["train"][key] == now["train"][key] for key in ("epochs", "max_steps"))
-    return status if same_end and not changed(written, now) else None
-
-
 def evaluate(job: Job, url: str, which: str = "last", split: str = "test") -> dict[str, float]:
     """Exact metrics of one checkpoint of a run: `best`, `last` or a step; on `val` or `test`."""
     device = distributed.choose_device(job.train.device, ALONE)
     parts = build(job, ALONE, device)
-    batches_of = parts.val if split == "val" else parts.test
+    batches_of = _whole(parts.val if split == "val" else parts.test, job, device)
     if batches_of is None:
         raise JobError(f"the job of {url} has no data.{split}; use --split {'test' if split == 'val' else 'val'}")
     checkpointer = _checkpointer(url, job)

@@ -10,6 +10,11 @@ from types import FrameType
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def hold_back() -> None:
+    """Let stopping signals wait until `listen`: one that comes while torch is imported is a stop, too, and no crash."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+
 class StopSignals:
     """From `listen` on, a stopping signal sets `received`. A second Ctrl-C leaves at once."""
 
@@ -19,6 +24,7 @@ class StopSignals:
     def listen(self) -> "StopSignals":
         for number in STOPPING:
             signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return self
 
     def wanted(self) -> bool:

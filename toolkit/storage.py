@@ -6,6 +6,7 @@ whatever is killed. On an object store a whole object is put at once, which is a
 """
 
 import contextlib
+import glob
 import os
 import posixpath
 import uuid
@@ -91,7 +92,11 @@ def remove(url: str) -> None:
     """Remove a file, or a folder and all under it; nothing happens where there is none."""
     filesystem, path = _open(url)
     with contextlib.suppress(FileNotFoundError):
-        filesystem.rm(path, recursive=True)
+        if isinstance(filesystem, LocalFileSystem) or glob.escape(path) == path:
+            filesystem.rm(path, recursive=True)
+        else:  # fsspec would take the name for a pattern, and remove all that matches it
+            for file in filesystem.find(path):
+                filesystem.rm_file(file)
 
 
 def _open(url: str) -> tuple[Any, str]:

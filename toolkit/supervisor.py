@@ -25,8 +25,8 @@ import psutil
 
 from toolkit import storage
 from toolkit.config import Job
-from toolkit.run import Run
-from toolkit.signals import StopSignals
+from toolkit.run import COMPLETE, Run
+from toolkit.signals import StopSignals, hold_back
 
 ATTEMPT_DIR = "TOOLKIT_ATTEMPT_DIR"
 _POLL_S = 0.1
@@ -36,6 +36,9 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 def supervise(job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
     """Run `toolkit WORDS` on that many ranks and return the run's exit status. No process of it is left behind."""
     job.check_ranks(processes)
+    if done := Run(job.run.dir).completed(job.as_written()):
+        print(f"{done['summary']}\n{COMPLETE}")
+        return 0
     signals = StopSignals().listen()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of a dead torchrun become our children, where they can be found
     with tempfile.TemporaryDirectory(prefix="toolkit-attempt-") as folder:
@@ -68,7 +71,7 @@ class Attempt:
             )
         torchrun = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--node-rank", "0",
-            "--nproc-per-node", str(self.processes), "--max-restarts", "0",
+            "--nproc-per-node", str(self.processes), "--max-restarts", "0", "--log-dir", str(self.folder),
             "--master-addr", "127.0.0.1", "--master-port", str(_free_port()),
             "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "-m", "toolkit", *words,
         ]  # fmt: skip
@@ -79,6 +82,7 @@ class Attempt:
                 stderr=log,
                 env=defaults | dict(environment) | {ATTEMPT_DIR: str(self.folder)},
                 start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread here, so it cannot deadlock
             )
 
     def wait(self, signals: StopSignals) -> None:
@@ -92,7 +96,8 @@ class Attempt:
                         passed_on.add(rank)
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(note["pid"], signal.SIGTERM)
-            self.dead = [rank for rank, note in notes.items() if "exit" not in note and _gone(note["pid"])]
+            gone = [rank for rank, note in notes.items() if _gone(note["pid"])]
+            self.dead = [rank for rank in gone if "exit" not in self.notes()[rank]]  # what it left before it went
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.torchrun.wait(_POLL_S)
 
@@ -106,10 +111,12 @@ class Attempt:
         self.dead = self.dead or [rank for rank, note in notes.items() if "exit" not in note]
         if self.dead:
             rank = self.dead[0]
+            who = f"rank {rank} (pid {notes[rank]['pid']})"
+            if (self.torchrun.returncode or 0) < 0:  # then the ranks have only followed it
+                who = f"torchrun (pid {self.torchrun.pid})"
             return (
                 1,
-                f"rank {rank} (pid {notes[rank]['pid']}) was killed or crashed, so all {self.processes} "
-                "ranks were ended; was it out of memory?",
+                f"{who} was killed or crashed, so all {self.processes} ranks were ended; was it out of memory?",
             )
         failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note["exit"] not in (0, 75))
         if failed:
@@ -129,7 +136,8 @@ def enter_rank(environment: Mapping[str, str]) -> None:
     """
     if ATTEMPT_DIR not in environment:
         return
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with_parent()
+    hold_back()
     rank = int(environment["RANK"])
     _write_note(environment, {"pid": os.getpid()})
     sys.stdout.flush()
@@ -159,14 +167,14 @@ def _write_note(environment: Mapping[str, str], note: Mapping[str, Any]) -> None
 
 
 def _keep_logs(attempt: Attempt, run_url: str, status: int, message: str) -> None:
-    """Logs go to the run if it was begun; a run that a killed rank 0 still calls running is marked as failed."""
+    """Logs go to the run if it was begun; a run that failed is told which rank was first."""
     run = Run(run_url)
     found = run.status()
     if status == 2 or found is None:
         return
     for path in sorted(attempt.folder.glob("*.log")):
         storage.write(run.at("logs", f"attempt-{found['attempt']}-{path.name}"), path.read_bytes(), durable=False)
-    if status == 1 and found["state"] == "running":
+    if status == 1 and found["state"] in ("running", "failed"):  # rank 0 may have seen only that another was gone
         run.failed(message)
 
 
@@ -191,6 +199,10 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _die_with_parent() -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -19,6 +19,9 @@ TASKS = {
     "regression": "toolkit.tasks:Regression",
 }
 
+# What cross_entropy skips where nothing is to be skipped: its own default, -100, is a wrong label that must be found.
+_NOTHING = -(2**31)
+
 Losses = Tensor | tuple[Tensor, Tensor]
 Metrics = dict[str, tuple[Tensor, int | Tensor]]
 
@@ -27,10 +30,10 @@ class Classification:
     """Cross-entropy of (B, C) logits against (B,) classes."""
 
     def loss(self, output: Tensor, target: Tensor) -> Losses:
-        return F.cross_entropy(output, target, reduction="none")
+        return F.cross_entropy(output, target, ignore_index=_NOTHING, reduction="none")
 
     def metrics(self, output: Tensor, target: Tensor) -> Metrics:
-        losses = F.cross_entropy(output.float(), target, reduction="none")
+        losses = F.cross_entropy(output.float(), target, ignore_index=_NOTHING, reduction="none")
         return {
             "loss": (losses.sum(), len(target)),
             "accuracy": ((output.argmax(1) == target).sum(), len(target)),
@@ -97,7 +100,7 @@ class LanguageModeling:
         return {"loss": (total, count), "bits_per_token": (total / log(2), count), "accuracy": (hits, count)}
 
     def _losses(self, output: Tensor, target: Tensor) -> Tensor:
-        ignored = self.ignore_index if self.ignore_index is not None else -100
+        ignored = self.ignore_index if self.ignore_index is not None else _NOTHING
         return F.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=ignored, reduction="none").view_as(
             target
         )

@@ -88,6 +88,7 @@ class Trainer:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.interval = Interval(device, global_batch_size)
         self.output_shape = torch.Size()
+        self.evaluating = False
         self.report: dict[str, float] = {}  # what this step has to say beside its losses, such as val/accuracy
 
     @property
@@ -153,7 +154,7 @@ class Trainer:
         self.interval.add(total)
 
     def _over_weights(self, weight: Tensor) -> Tensor:
-        """Make the gradient that of the mean over weights, whose sum only all ranks together know. Returns the factor."""
+        """Make the gradient that of the mean over weights, whose sum takes all ranks. Returns the factor."""
         factor = self.global_batch_size / distributed.sum_over_ranks(weight)
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -198,6 +199,7 @@ class Trainer:
         model, started_s = self.state.model, time.monotonic()
         distributed.same_buffers(model)
         model.eval()
+        self.evaluating = True  # for words, if it fails
         sums: dict[str, Tensor] = {}
         with torch.inference_mode():
             for batch in (batch for step in steps for batch in step):
@@ -209,6 +211,7 @@ class Trainer:
                         total[0] += numerator
                         total[1] += denominator
         model.train()
+        self.evaluating = False
         self.interval.elsewhere_s += time.monotonic() - started_s
         return {
             name: ratio[0] / ratio[1]

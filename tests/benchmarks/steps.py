@@ -1,8 +1,8 @@
 """CPU seconds a step, beside a loop as tutorials write it. `make bench`.
 
 Ours runs with everything on: progress bar, a line of metrics every 20 steps, heartbeat, a checkpoint every 500 steps.
-Both sides clip, use the same model and the same optimizer class, take turns, and run on one thread a rank; of five rounds
-the median counts.
+Both sides clip, use the same model and the same optimizer class, take turns, and run on one thread a rank; of five
+rounds the median counts.
 """
 
 import argparse

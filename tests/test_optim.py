@@ -1,0 +1,155 @@
+"""Optimizers as the job names them, and schedules as functions of the step."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.config.schema import Component
+from toolkit.errors import JobError
+from toolkit.models.cnn import Cnn
+from toolkit.models.gpt import Gpt
+from toolkit.optim import build_optimizer, build_schedule
+
+CPU = torch.device("cpu")
+TOTAL, WARM = 110, 10
+
+
+class Plain(torch.optim.Optimizer):
+    """A user's own: neither weight_decay nor fused."""
+
+    def __init__(self, params: Any, lr: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+class Fused(Plain):
+    """A user's own, with both."""
+
+    def __init__(self, params: Any, lr: float = 0.5, weight_decay: float = 0.1, fused: bool = False) -> None:
+        super().__init__(params, lr)
+        self.fused, self.weight_decay = fused, weight_decay
+
+
+def falling(step: int, total_steps: int, power: int = 1) -> float:
+    """A user's own schedule."""
+    return (1 - step / total_steps) ** power
+
+
+def optimizer_of(name: str, model: nn.Module, **args: Any) -> Any:
+    return build_optimizer(model, Component(name=name, args=args), CPU)
+
+
+def schedule_of(name: str, **args: Any) -> Any:
+    return build_schedule(Component(name=name, args=args), TOTAL)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    "model", [Cnn((1, 8, 8), 10, width=4), Gpt(50, (16,), layers=1, heads=2, width=8)], ids=["cnn", "gpt"]
+)
+def test_weight_decay_spares_norms_and_biases_and_nothing_else(name: str, model: nn.Module) -> None:
+    groups = optimizer_of(name, model, lr=0.1, weight_decay=0.3).param_groups
+    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    spared = {named: decay[parameter] == 0 for named, parameter in model.named_parameters()}
+    kinds = (nn.BatchNorm2d, nn.LayerNorm)
+    norms = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, kinds)}
+    assert spared == {named: named.endswith("bias") or named in norms for named in spared}
+    assert set(decay.values()) == {0.0, 0.3}
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    model[0].requires_grad_(False)
+    groups = optimizer_of("adamw", model, lr=0.1).param_groups
+    assert {parameter for group in groups for parameter in group["params"]} == set(model[1].parameters())
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_one_fused_kernel_is_used_unless_the_job_says_otherwise(name: str) -> None:
+    model = nn.Linear(2, 2)
+    assert all(group["fused"] for group in optimizer_of(name, model, lr=0.1).param_groups)
+    assert not any(group["fused"] for group in optimizer_of(name, model, lr=0.1, fused=False).param_groups)
+    for group in optimizer_of(name, model, lr=0.1, foreach=True).param_groups:
+        assert (bool(group["foreach"]), bool(group["fused"])) == (True, False)
+
+
+def test_fused_and_plain_adamw_take_the_same_steps() -> None:
+    models = []
+    for options in ({}, {"fused": False}):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = optimizer_of("adamw", model, lr=0.01, weight_decay=0.1, **options)
+        for _ in range(5):
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [(Plain, 1), (Fused, 2)])
+def test_an_own_optimizer_gets_only_what_it_names(kind: type[Plain], groups: int) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = optimizer_of(f"{__name__}:{kind.__name__}", model, lr=0.25)
+    assert isinstance(optimizer, kind)
+    assert getattr(optimizer, "fused", None) is (True if kind is Fused else None)
+    assert len(optimizer.param_groups) == groups
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight, before - 0.25)
+
+
+def test_every_group_keeps_the_rate_that_schedules_multiply() -> None:
+    optimizer = optimizer_of("sgd", nn.Linear(2, 2), lr=0.25)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [("adamv", {}, "did you mean 'adam"), ("adamw", {"rl": 1}, "unknown argument 'rl'"), ("sgd", {"lr": "x"}, "'lr'")],
+)
+def test_a_wrong_optimizer_is_refused_in_words(name: str, args: dict[str, Any], words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        optimizer_of(name, nn.Linear(2, 2), **args)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "at"),
+    [
+        ("constant", {}, {0: 1, 55: 1, 110: 1}),
+        ("constant", {"warmup_steps": WARM}, {0: 1 / 11, 9: 10 / 11, 10: 1, 60: 1, 110: 1}),
+        ("linear", {}, {0: 1, 55: 0.5, 110: 0}),
+        ("linear", {"warmup_steps": WARM}, {0: 1 / 11, 9: 10 / 11, 10: 1, 60: 0.5, 109: 0.01, 110: 0}),
+        ("linear", {"warmup_steps": WARM, "final": 0.2}, {10: 1, 60: 0.6, 110: 0.2}),
+        ("cosine", {}, {0: 1, 55: 0.5, 110: 0}),
+        ("cosine", {"warmup_steps": WARM}, {0: 1 / 11, 9: 10 / 11, 10: 1, 35: 0.853553, 60: 0.5, 85: 0.146447, 110: 0}),
+        ("cosine", {"warmup_steps": WARM, "final": 0.2}, {10: 1, 60: 0.6, 110: 0.2}),
+        ("cosine", {"warmup_steps": TOTAL}, {0: 1 / 111, 109: 110 / 111}),
+        (f"{__name__}:falling", {"power": 2}, {0: 1, 55: 0.25, 110: 0}),
+    ],
+)
+def test_a_schedule_has_these_values(name: str, args: dict[str, Any], at: dict[int, float]) -> None:
+    schedule = schedule_of(name, **args)
+    assert {step: schedule(step) for step in at} == pytest.approx(at, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_the_warm_up_rises_at_every_step_and_the_rest_never_does(name: str) -> None:
+    factors = [schedule_of(name, warmup_steps=WARM)(step) for step in range(TOTAL)]
+    assert all(before < after for before, after in pairwise(factors[: WARM + 1]))
+    assert all(before >= after for before, after in pairwise(factors[WARM:]))
+    assert 0 < min(factors) < max(factors) == 1
+
+
+def test_a_wrong_argument_of_a_schedule_is_refused_in_words() -> None:
+    with pytest.raises(JobError, match="unknown argument 'warmup'; did you mean 'warmup_steps'"):
+        schedule_of("cosine", warmup=3)
