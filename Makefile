@@ -30,7 +30,8 @@ check: setup ## lint, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## measure speed beside hand-written loops
+bench: setup ## measure the stream and the steps, beside others
+	@$(BIN)/python tests/benchmarks/stream.py
 	@$(BIN)/python tests/benchmarks/steps.py
 
 clean: ## remove .venv and caches; runs/ stays

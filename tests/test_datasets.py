@@ -272,6 +272,11 @@ def test_what_is_held_out_depends_on_the_seed_alone() -> None:
     assert one != sorted(one)
 
 
+def test_what_is_held_out_is_what_old_runs_held_out() -> None:
+    _, val = held_out(range(1438), 0.1, seed=0)
+    assert val.original(np.arange(6)).tolist() == [662, 561, 268, 45, 73, 1387]
+
+
 def test_original_gives_the_numbers_of_the_samples_in_the_whole() -> None:
     _, val = held_out(range(100, 200), 0.2, seed=0)
     assert [100 + number for number in val.original(np.arange(20)).tolist()] == [val[index] for index in range(20)]

@@ -126,7 +126,7 @@ def test_a_remote_journal_is_brought_up_to_date_when_its_time_is_up_or_when_aske
         journal.append({"step": step})
         seen.append(steps_of(Journal(remote))[-1])
     assert seen == [1, 1, 1, 4, 4]
-    journal.upload(now=True)
+    journal.upload()
     assert steps_of(Journal(remote)) == [1, 2, 3, 4, 5]
     journal.close()
     storage.remove(remote)

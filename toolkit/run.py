@@ -126,19 +126,18 @@ class Journal:
     def append(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self.upload()
+        if time.monotonic() - self._uploaded_s > self.UPLOAD_S:
+            self.upload()
 
-    def upload(self, now: bool = False) -> None:
-        """Bring a remote copy up to date: at most every 30 s, or `now`."""
-        if self._file is None or storage.local_path(self.url) is not None:
-            return
-        if now or time.monotonic() - self._uploaded_s > self.UPLOAD_S:
+    def upload(self) -> None:
+        """Bring a remote copy up to date; a local file is so already."""
+        if self._file is not None and storage.local_path(self.url) is None:
             storage.write(self.url, Path(self._file.name).read_bytes())
             self._uploaded_s = time.monotonic()
 
     def close(self) -> None:
         if self._file is not None:
-            self.upload(now=True)
+            self.upload()
             self._file.close()
 
     def read(self) -> list[dict[str, Any]]:

@@ -151,15 +151,13 @@ def _open(run: Run, job: Job, command: Sequence[str]) -> None:
 
 def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
     trainer, state, leads = parts.trainer, parts.trainer.state, parts.trainer.ranks.leads
-    checkpointer = _checkpointer(run.url, job)
-    newest = distributed.from_rank_0(checkpointer.newest)
+    saves = _saves(run, job, leads)
+    newest = distributed.from_rank_0(saves.checkpointer.newest)
     if newest is not None:
-        checkpointer.load(newest, state)
+        saves.checkpointer.load(newest, state)
     if leads:
         run.metrics.open(last_step=state.step)
     _announce(run, job, parts, console)
-    metric = job.checkpoint.best.metric if job.checkpoint.best else None
-    saves = Checkpoints(checkpointer, job.checkpoint.every_steps, job.checkpoint.every_min, metric, leads)
     agreement = Agreement(trainer.ranks, {"stop": signals.wanted, "save": saves.overdue})
     remaining = batches(parts.steps, state.step, trainer.total_steps, job.data.workers, trainer.device)
     try:
@@ -177,6 +175,13 @@ def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Co
 def _checkpointer(url: str, job: Job) -> Checkpointer:
     mode = job.checkpoint.best.mode if job.checkpoint.best else "max"
     return Checkpointer(storage.join(url, "checkpoints"), job.checkpoint.keep, mode)
+
+
+def _saves(run: Run, job: Job, leads: bool) -> Checkpoints:
+    policy = job.checkpoint
+    metric = policy.best.metric if policy.best else None
+    checkpointer = _checkpointer(run.url, job)
+    return Checkpoints(checkpointer, policy.every_steps, policy.every_min, metric, leads, first=run.metrics.upload)
 
 
 def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Console) -> list[Observer]:

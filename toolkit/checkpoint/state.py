@@ -41,7 +41,7 @@ def from_plain(state: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -
     missing, extra = sorted(own.keys() - found), sorted(found.keys() - own)
     shapes = [
         f"{name}: saved {tuple(found[name].shape)}, model has {tuple(own[name].shape)}"
-        for name in own.keys() & found
+        for name in sorted(own.keys() & found)
         if own[name].shape != found[name].shape
     ]
     if missing or extra or shapes:

@@ -140,7 +140,10 @@ def _read(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, transforms: 
     if transforms:
         keys = sample_keys(seed, epochs, indices)
         for salt, transform in enumerate(transforms):
-            inputs = transform(inputs, _draw(keys, salt))
+            try:
+                inputs = transform(inputs, _draw(keys, salt))
+            except Exception as error:
+                raise RunError(_untransformed(transform, inputs, error)) from error
     return Batch(inputs, targets, indices)
 
 
@@ -184,6 +187,11 @@ def _unreadable(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, error:
         f"samples {indices.tolist()[:8]} of {source} cannot be put into one batch: {error}; "
         f"give them one shape or a collate_fn"
     )
+
+
+def _untransformed(transform: Any, inputs: Any, error: Exception) -> str:
+    shape = tuple(getattr(inputs, "shape", ()))
+    return f"transform {type(transform).__name__} fails on inputs of shape {shape}: {type(error).__name__}: {error}"
 
 
 def _checked(step: list[Batch] | Failure) -> list[Batch]:
