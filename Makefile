@@ -2,6 +2,7 @@
 PYTHON ?= python3
 JOB    ?= jobs/digits_mlp.yaml
 BIN    := .venv/bin
+SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train-local test check bench clean
@@ -14,7 +15,8 @@ setup: .venv/.ready ## make .venv with everything in it
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
-	@$(PYTHON) -m venv .venv || { echo "on Debian and Ubuntu: sudo apt-get install python3-venv"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "python3-venv is missing"; $(SUDO) apt-get install -y python3-venv; }
+	@$(PYTHON) -m venv .venv
 	@echo "installing into .venv; this takes a minute"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

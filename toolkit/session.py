@@ -152,15 +152,11 @@ def _open(run: Run, job: Job, command: Sequence[str]) -> None:
 def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
     trainer, state, leads = parts.trainer, parts.trainer.state, parts.trainer.ranks.leads
     saves = _saves(run, job, leads)
-    newest = distributed.from_rank_0(saves.checkpointer.newest)
-    if newest is not None:
-        saves.checkpointer.load(newest, state)
-    if leads:
-        run.metrics.open(last_step=state.step)
-    _announce(run, job, parts, console)
-    agreement = Agreement(trainer.ranks, {"stop": signals.wanted, "save": saves.overdue})
-    remaining = batches(parts.steps, state.step, trainer.total_steps, job.data.workers, trainer.device)
     try:
+        _resume(run, saves.checkpointer, trainer)
+        _announce(run, job, parts, console)
+        agreement = Agreement(trainer.ranks, {"stop": signals.wanted, "save": saves.overdue})
+        remaining = batches(parts.steps, state.step, trainer.total_steps, job.data.workers, trainer.device)
         trainer.fit(remaining, _observers(run, job, parts, saves, console), agreement)
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
@@ -169,7 +165,16 @@ def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Co
         raise cause from error
     finally:
         run.metrics.close()
-    return _ended(run, job, trainer, signals, console)
+    return _ended(run, job, parts, signals, console)
+
+
+def _resume(run: Run, checkpointer: Checkpointer, trainer: Trainer) -> None:
+    """Go to the newest checkpoint, which rank 0 finds, and cut off the metrics of a past that is no more."""
+    newest = distributed.from_rank_0(checkpointer.newest)
+    if newest is not None:
+        checkpointer.load(newest, trainer.state)
+    if trainer.ranks.leads:
+        run.metrics.open(last_step=trainer.state.step)
 
 
 def _checkpointer(url: str, job: Job) -> Checkpointer:
@@ -206,29 +211,24 @@ def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Co
     return [evaluation, metrics, saves, Heartbeat(run, steps_per_epoch), progress]
 
 
-def _ended(run: Run, job: Job, trainer: Trainer, signals: StopSignals, console: Console) -> Result:
+def _ended(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
     """Say how it ended, in status.json and on the console."""
-    step, metrics = trainer.state.step, dict[str, float]()
-    state = "completed" if trainer.finished else "preempted"
+    trainer, step = parts.trainer, parts.trainer.state.step
+    state, exit_status, reason = "completed", 0, None
+    if not trainer.finished:
+        state, exit_status = "preempted", 75
+        reason = f"stopped by {signals.received.name}" if signals.received else "another rank was asked to stop"
+    metrics: dict[str, float] = {}
     if trainer.ranks.leads:
         lines = [line for line in run.metrics.read() if line["step"] == step]
         metrics = {name: value for line in lines for name, value in line.items() if name.startswith(("val/", "test/"))}
         found = "".join(f"  {name} {value:.4f}" for name, value in sorted(metrics.items()))
         summary = f"{job.run.name}: {state} at step {step} of {trainer.total_steps}{found}\nrun directory: {run.url}"
-        reason = (
-            f"stopped by {signals.received.name}" if signals.received else "stopped" if state == "preempted" else None
-        )
-        run.set_status(
-            state,
-            step=step,
-            total=trainer.total_steps,
-            reason=reason,
-            exit=0 if trainer.finished else 75,
-            metrics=metrics,
-            summary=summary,
-        )
+        epoch = step * job.data.global_batch_size // parts.steps.sampler.size
+        progress = {"step": step, "total": trainer.total_steps, "epoch": epoch}
+        run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
         console.print(summary, **_PLAIN)
-        if state == "preempted":
+        if not trainer.finished:
             console.print("Everything is saved; the same command goes on from here.", **_PLAIN)
     distributed.leave()
     return Result(state, run.url, step, metrics)

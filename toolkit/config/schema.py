@@ -103,7 +103,7 @@ class Eval(Section):
     @model_validator(mode="after")
     def _one_period(self) -> "Eval":
         if self.every_epochs and self.every_steps:
-            raise ValueError("give every_epochs or every_steps, not both")
+            raise ValueError("give every_epochs or every_steps, not both; on the command line eval={every_steps: 100}")
         return self
 
 
