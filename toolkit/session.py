@@ -225,7 +225,7 @@ def _ended(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Cons
         found = "".join(f"  {name} {value:.4f}" for name, value in sorted(metrics.items()))
         summary = f"{job.run.name}: {state} at step {step} of {trainer.total_steps}{found}\nrun directory: {run.url}"
         epoch = step * job.data.global_batch_size // parts.steps.sampler.size
-        progress = {"step": step, "total": trainer.total_steps, "epoch": epoch}
+        progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch}
         run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
         console.print(summary, **_PLAIN)
         if not trainer.finished:
