@@ -42,7 +42,12 @@ def _trained_here(command: str) -> list[str]:
     """The words of a command as this test can run it: with this Python, and `make train-local` as what it does."""
     if command == "make train-local":
         shown = subprocess.run(
-            ["make", "--no-print-directory", "-n", "train-local"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+            ["make", "--no-print-directory", "-n", "train-local"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         )
         command = shown.stdout.splitlines()[-1].removeprefix(".venv/bin/")
     program, *words = command.split()
