@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import ROOT, Workplace
 
+from tests.conftest import ROOT, Workplace
 from toolkit.datasets.sampler import ElasticDistributedSampler
 
 MINE = """
@@ -327,3 +327,9 @@ def test_a_command_that_needs_no_torch_does_not_import_it(word: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+
+
+def test_a_split_that_does_not_exist_is_refused(workplace: Workplace) -> None:
+    workplace.run("train", "digits.yaml", "train.max_steps=1")
+    message = workplace.refused("evaluate", "runs/digits", "--split", "train")
+    assert "--split is 'train'; it must be val or test" in message

@@ -112,7 +112,7 @@ class Journal:
         """Start appending after the lines of steps up to `last_step`; later ones, of a past that is no more, are cut
         off.
         """
-        kept = [line for line in self._lines() if line["step"] <= last_step]
+        kept = [line for line in self.read() if line["step"] <= last_step]
         content = "".join(json.dumps(line) + "\n" for line in kept).encode()
         storage.write(self.url, content)
         path = storage.local_path(self.url)
@@ -142,9 +142,6 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """All lines, oldest first."""
-        return self._lines()
-
-    def _lines(self) -> list[dict[str, Any]]:
         try:
             content = storage.read(self.url)
         except FileNotFoundError:

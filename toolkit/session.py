@@ -250,6 +250,8 @@ def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
 
 def evaluate(job: Job, url: str, which: str = "last", split: str = "test") -> dict[str, float]:
     """Exact metrics of one checkpoint of a run: `best`, `last` or a step; on `val` or `test`."""
+    if split not in ("val", "test"):
+        raise JobError(f"--split is {split!r}; it must be val or test")
     device = distributed.choose_device(job.train.device, ALONE)
     parts = build(job, ALONE, device)
     batches_of = _whole(parts.val if split == "val" else parts.test, job, device)

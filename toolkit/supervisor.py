@@ -66,9 +66,8 @@ class Attempt:
         threads = max(1, len(os.sched_getaffinity(0)) // self.processes) if hasattr(os, "sched_getaffinity") else 1
         defaults = {"OMP_NUM_THREADS": str(threads)}  # the number of threads changes sums, so it is part of the plan
         if sys.platform == "linux":
-            defaults["GLOO_SOCKET_IFNAME"] = (
-                "lo"  # or gloo looks up this machine's name, which a container may not know
-            )
+            # Or gloo looks up this machine's name, which a container may not know.
+            defaults["GLOO_SOCKET_IFNAME"] = "lo"
         torchrun = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--node-rank", "0",
             "--nproc-per-node", str(self.processes), "--max-restarts", "0", "--log-dir", str(self.folder),
@@ -114,10 +113,8 @@ class Attempt:
             who = f"rank {rank} (pid {notes[rank]['pid']})"
             if (self.torchrun.returncode or 0) < 0:  # then the ranks have only followed it
                 who = f"torchrun (pid {self.torchrun.pid})"
-            return (
-                1,
-                f"{who} was killed or crashed, so all {self.processes} ranks were ended; was it out of memory?",
-            )
+            fate = f"was killed or crashed, so all {self.processes} ranks were ended; was it out of memory?"
+            return 1, f"{who} {fate}"
         failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note["exit"] not in (0, 75))
         if failed:
             rank = failed[0][1]

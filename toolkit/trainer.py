@@ -1,6 +1,6 @@
 """The loop. `fit` is all of training: next batch, step, what the ranks agreed on, stop. Everything else is an observer.
 
-trainer = Trainer(model, Classification(), optimizer, schedule, device=device, total_steps=1000, global_batch_size=256)
+trainer = Trainer(model, task, optimizer, schedule, device=device, total_steps=1000, global_batch_size=256)
 trainer.fit(batches, observers)
 """
 
@@ -58,9 +58,7 @@ class Observer(Protocol):
 
 
 class Trainer:
-    """Trains `model` on global batches: the gradient is that of the mean loss over the global batch, at any number of
-    ranks.
-    """
+    """Trains `model`: the gradient is that of the mean loss over the global batch, at any number of ranks."""
 
     def __init__(
         self,
@@ -221,9 +219,7 @@ class Trainer:
 
 
 class Interval:
-    """The losses of the steps since the last report, summed on the device, so that no step waits for a number to be
-    read.
-    """
+    """The losses of the steps since the last report, summed on the device, so that no step waits for a number."""
 
     def __init__(self, device: torch.device, global_batch_size: int) -> None:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -101,6 +101,7 @@ def test_a_killed_supervisor_leaves_no_rank_running(stage: Any) -> None:
     process.kill()
     stage.wait_for(lambda: not stage.alive(), "end of all ranks", timeout_s=SOON_S)
     process.communicate(timeout=SOON_S)
+    assert not stage.alive()
 
 
 def test_an_exception_on_one_rank_is_said_once_with_its_rank(stage: Any) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints under a URL. One exists when its manifest does: payload first, manifest last, every byte under a checksum
 (law 3).
 
-step-00000200/tensors.safetensors   model and optimizer tensors
-step-00000200/state.json            step, scaler, plain optimizer values
-step-00000200/manifest.json         size and XXH3-128 of both, written last
+    step-00000200/tensors.safetensors   model and optimizer tensors
+    step-00000200/state.json            step, scaler, plain optimizer values
+    step-00000200/manifest.json         size and XXH3-128 of both, written last
 """
 
 import json
@@ -93,7 +93,7 @@ class Checkpointer:
             whole = all(
                 storage.size(storage.join(folder, name)) == entry["bytes"] for name, entry in manifest["files"].items()
             )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):  # absent, torn or of another shape
             return None
         return manifest if whole and manifest.get("format") == FORMAT else None
 
@@ -108,9 +108,8 @@ class Checkpointer:
         kept = {*steps[-self.keep :], self.best()}
         for step in steps:
             if step not in kept:
-                storage.remove(
-                    storage.join(self.folder(step), "manifest.json")
-                )  # first of all: from now on it does not exist
+                # The manifest first: from then on the checkpoint does not exist, whatever is killed.
+                storage.remove(storage.join(self.folder(step), "manifest.json"))
                 storage.remove(self.folder(step))
 
 
