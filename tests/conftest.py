@@ -13,7 +13,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from toolkit.checkpoint import Archive, reader
+from toolkit.checkpoint.manifest import DTYPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,8 +82,17 @@ class Workplace:
         return json.loads((self.folder / run / "status.json").read_text())
 
     def tensors(self, run: str, step: int) -> dict[str, torch.Tensor]:
-        """Every tensor of a checkpoint: weights and optimizer state."""
-        return load_file(self.folder / run / "checkpoints" / f"step-{step:08d}" / "tensors.safetensors")
+        """Every tensor of a checkpoint: weights, averages and optimizer state."""
+        return tensors_of(str(self.folder / run), step)
+
+
+def tensors_of(run: str, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint of a run, which may be a URL, verified."""
+    archive = Archive(f"{run}/checkpoints")
+    manifest = archive.verify(step)
+    found = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in manifest.tensors.items()}
+    reader.fill(archive.folder(step), manifest, found)
+    return found
 
 
 @pytest.fixture

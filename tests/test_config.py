@@ -53,6 +53,9 @@ def at(job: Job, key: str) -> Any:
         ("optimizer.args.lr", ".5", 0.5),
         ("checkpoint.every_min", "2", 2.0),
         ("checkpoint.every_min", "~", None),
+        ("train.ema_decay", "999e-3", 0.999),
+        ("train.freeze", "['layers.0.*', on]", ("layers.0.*", "on")),
+        ("eval.precision", "bf16", "bf16"),
         ("train.compile", "True", True),
         ("run.name", "on", "on"),
         ("run.name", "yes", "yes"),
@@ -248,6 +251,18 @@ def test_a_secret_is_in_the_job_but_not_in_what_is_stored() -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "key"),
+    [("run.init_from=s3://k:${env:S}@bucket/run", "run.init_from"), ("train.freeze=['${env:S}*']", "train.freeze")],
+)
+def test_a_secret_in_any_key_is_stored_as_it_was_written(override: str, key: str) -> None:
+    job = load(SMALL, override, S="hunter2")
+    assert "hunter2" in str(at(job, key))
+    stored = dump(job.as_written())
+    assert "hunter2" not in stored
+    assert at(job_from_text(stored, "config.yaml", [], {"S": "hunter2"}), key) == at(job, key)
+
+
+@pytest.mark.parametrize(
     "override",
     [
         "train.epochs=${env:S}",
@@ -284,6 +299,23 @@ def test_all_problems_are_reported_together() -> None:
 @pytest.mark.parametrize("key", ["int", "float", "component", "fraction", "a[0]", "data.fraction", "data.val.int"])
 def test_an_unknown_key_is_named_whatever_it_is_called(key: str) -> None:
     assert f"command line: {key}: is an unknown key" in refused(SMALL, f"{key}=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.ema_decay=1", "train.ema_decay: 1 is not allowed; it must be less than 1"),
+        ("train.ema_decay=0", "train.ema_decay: 0 is not allowed; it must be greater than 0"),
+        ("train.freeze=layers.0.*", "train.freeze: 'layers.0.*' is not allowed; it must be a valid tuple"),
+        ("eval.precision=fp8", "eval.precision: 'fp8' is not allowed; it must be 'auto', 'fp32', 'bf16' or 'fp16'"),
+        ("run.init_from=''", "run.init_from: '' is not allowed"),
+        ("checkpoint.keep_every=0", "checkpoint.keep_every: 0 is not allowed; it must be greater than or equal to 1"),
+        ("checkpoint.on_error=retry", "it must be 'continue' or 'stop'"),
+        ("log.samples=1", "log.samples: 1 is not allowed; it must be a valid boolean"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_with_the_bound(override: str, words: str) -> None:
+    assert words in refused(SMALL, override)
 
 
 def test_a_job_without_an_end_is_refused() -> None:

@@ -11,7 +11,7 @@ from toolkit.config.schema import Component
 from toolkit.errors import JobError
 from toolkit.models.cnn import Cnn
 from toolkit.models.gpt import Gpt
-from toolkit.optim import build_optimizer, build_schedule
+from toolkit.optim import build_optimizer, build_schedule, freeze
 
 CPU = torch.device("cpu")
 TOTAL, WARM = 110, 10
@@ -70,6 +70,60 @@ def test_frozen_parameters_are_left_out() -> None:
     model[0].requires_grad_(False)
     groups = optimizer_of("adamw", model, lr=0.1).param_groups
     assert {parameter for group in groups for parameter in group["params"]} == set(model[1].parameters())
+
+
+class Layers(nn.Module):
+    """Parameters with dotted names; the head's weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("patterns", "frozen"),
+    [
+        ([], ""),
+        (["layers.0.*"], "layers.0.weight layers.0.bias"),
+        (["layers.[12].bias", "head.bias"], "layers.1.bias layers.2.bias head.bias"),
+        (["layers.*", "layers.0.*"], "layers.0.weight layers.0.bias layers.1.weight layers.1.bias layers.2.weight "
+         "layers.2.bias"),
+        (["head.weight"], "embed.weight"),
+    ],
+)  # fmt: skip
+def test_patterns_freeze_what_they_match_and_nothing_else(patterns: list[str], frozen: str) -> None:
+    model = Layers()
+    freeze(model, patterns)
+    found = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert found == set(frozen.split())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("layer.0.*", "did you mean 'layers.0.*'?"),
+        ("layers.0", "did you mean 'layers.0.*'?"),
+        ("embd.weight", "did you mean 'embed.weight'?"),
+        ("Layers.0.*", "did you mean 'layers.0.*'?"),
+        ("zzz", "parameters; Their names:"),
+    ],
+)
+def test_a_pattern_that_freezes_nothing_is_refused_with_the_names_there_are(pattern: str, meant: str) -> None:
+    with pytest.raises(JobError) as error:
+        freeze(Layers(), ["layers.*", pattern])
+    message = str(error.value)
+    assert message.startswith(f"train.freeze: {pattern!r} matches none of the model's 9 parameters; ")
+    assert meant in message
+    names = "embed.weight, layers.0.weight, layers.0.bias, layers.1.weight, layers.1.bias and 4 more"
+    assert message.endswith(f"Their names: {names}")
+
+
+def test_freezing_everything_is_refused() -> None:
+    with pytest.raises(JobError, match=r"train\.freeze: \*\.weight, \*\.bias leaves no parameter"):
+        freeze(Layers(), ["*.weight", "*.bias"])
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])

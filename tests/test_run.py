@@ -1,24 +1,35 @@
-"""The directory of a run: its journal, its job, and what is told of it."""
+"""The directory of a run: its job, where it comes from, and what is told of it."""
 
 import json
+import os
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from toolkit import storage
-from toolkit.errors import JobError
-from toolkit.run import MAY_CHANGE, Journal, Run, changed, fresh_url
+from toolkit import lock, storage
+from toolkit.config import Job
+from toolkit.errors import JobError, RunError
+from toolkit.run import MAY_CHANGE, SAVE_NOW, Run, changed, digest, fresh_url
+
+pytestmark = pytest.mark.timeout(60)
 
 JOB = {
-    "run": {"name": "x", "dir": "runs/x", "seed": 0},
+    "run": {"name": "x", "dir": "runs/x", "seed": 0, "init_from": None},
     "model": {"name": "cnn", "args": {"width": 32}},
-    "train": {"epochs": 5, "clip_grad_norm": None},
+    "train": {"epochs": 5, "max_steps": None, "clip_grad_norm": None, "precision": "auto", "ema_decay": None},
     "data": {"workers": 2, "global_batch_size": 32},
     "eval": {"every_epochs": 1},
 }
+MACHINE = {
+    "host": "node-1", "pid": os.getpid(), "pid_namespace": "pid:[1]", "boot_id": "boot-1", "slurm_job_id": None,
+    "slurm_restart_count": 0, "gpus": [],
+}  # fmt: skip
+RESOLVED = {"train.precision": "fp32"}
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -29,129 +40,128 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     storage.remove(place)
 
 
+Opens = Callable[..., Run]
+
+
 @pytest.fixture
-def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of temporary files."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder))
-    return folder
+def opened() -> Iterator[Opens]:
+    """Opens a run, until the end of the test."""
+    with ExitStack() as stack:
+
+        def opened(url: str, *words: str, job: dict[str, Any] = JOB, resolved: Any = RESOLVED, **machine: Any) -> Run:
+            run = Run(url)
+            run.open("text: of the job\n", job, resolved, words, MACHINE | machine)
+            stack.callback(run.close)
+            return run
+
+        yield opened
 
 
-def written(url: str, last_step: int, *steps: int, attempt: int = 1) -> Journal:
-    """A journal opened after `last_step`, with a line for each of some steps, closed."""
-    journal = Journal(url)
-    journal.open(last_step)
-    for step in steps:
-        journal.append({"step": step, "attempt": attempt})
-    journal.close()
-    return journal
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats that come five times a second."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    monkeypatch.setattr(lock, "REMOTE_BEAT_S", 0.2)
 
 
-def steps_of(journal: Journal) -> list[int]:
-    return [line["step"] for line in journal.read()]
+def beats(run: Run, count: int = 2) -> None:
+    """Wait until the run's lock has beaten so often from now on; the first may have begun before."""
+    beaten, before = threading.Semaphore(0), run.lock.on_beat
+
+    def on_beat() -> None:
+        before()
+        beaten.release()
+
+    run.lock.on_beat = on_beat
+    for _ in range(count):
+        assert beaten.acquire(timeout=30)
+    run.lock.on_beat = before
 
 
-def opened(url: str, *words: str, job: dict[str, Any] = JOB) -> Run:
-    run = Run(url)
-    run.open("text: of the job\n", job, words, {"host": "node-1"})
-    return run
-
-
-def test_a_journal_gives_back_its_lines(url: str) -> None:
-    journal = Journal(storage.join(url, "metrics.jsonl"))
-    assert journal.read() == []
-    journal.open(0)
-    lines = [{"step": 1, "train/loss": 0.1 + 0.2}, {"step": 2, "note": "größer\u2028 \n"}]
-    for line in lines:
-        journal.append(line)
-    journal.close()
-    assert journal.read() == lines
-
-
-@pytest.mark.parametrize("last_step", [0, 3, 5, 9])
-def test_a_resumed_journal_has_one_line_a_step_and_the_newest(url: str, last_step: int) -> None:
-    written(url + "/m", 0, 1, 2, 3, 4, 5)
-    resumed = written(url + "/m", last_step, *range(last_step + 1, 7), attempt=2)
-    kept = min(last_step, 5)
-    assert [(line["step"], line["attempt"]) for line in resumed.read()] == [
-        *((step, 1) for step in range(1, kept + 1)),
-        *((step, 2) for step in range(last_step + 1, 7)),
-    ]
-
-
-@pytest.mark.parametrize("torn", ['{"ste', '{"step": 3}', "{"])
-def test_a_last_line_that_a_kill_cut_short_is_ignored_and_then_gone(url: str, torn: str) -> None:
-    journal = written(url + "/m", 0, 1, 2)
-    storage.write(url + "/m", storage.read(url + "/m") + torn.encode())
-    assert steps_of(journal) == [1, 2]
-    assert steps_of(written(url + "/m", 5, 6)) == [1, 2, 6]
-
-
-def test_a_local_journal_has_every_line_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    journal = Journal(str(tmp_path / "m"))
-    journal.open(0)
-    for step in (1, 2):
-        journal.append({"step": step})
-        assert steps_of(Journal(str(tmp_path / "m"))) == list(range(1, step + 1))
-    journal.close()
-
-
-def test_a_remote_journal_spools_until_it_is_closed_and_leaves_no_spool(
-    tmp_path: Path, spool: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Journal, "UPLOAD_S", float("inf"))
-    remote = f"memory://{tmp_path.name}/m"
-    written(remote, 0, 1)
-    journal = Journal(remote)
-    journal.open(1)
-    journal.append({"step": 2})
-    assert steps_of(Journal(remote)) == [1]
-    assert len(list(spool.iterdir())) == 1
-    journal.close()
-    assert steps_of(Journal(remote)) == [1, 2]
-    assert list(spool.iterdir()) == []
-    storage.remove(remote)
-
-
-def test_a_remote_journal_is_brought_up_to_date_when_its_time_is_up_or_when_asked(
-    tmp_path: Path, spool: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remote, now_s = f"memory://{tmp_path.name}/m", [1000.0]
-    monkeypatch.setattr("toolkit.run.time.monotonic", lambda: now_s[0])
-    journal, seen = Journal(remote), []
-    journal.open(0)
-    for step, wait_s in enumerate([0, 1, 28, 2, 1], 1):
-        now_s[0] += wait_s
-        journal.append({"step": step})
-        seen.append(steps_of(Journal(remote))[-1])
-    assert seen == [1, 1, 1, 4, 4]
-    journal.upload()
-    assert steps_of(Journal(remote)) == [1, 2, 3, 4, 5]
-    journal.close()
-    storage.remove(remote)
+def contents(url: str, *names: str) -> list[bytes]:
+    return [storage.read(storage.join(url, name)) for name in names]
 
 
 def test_a_new_directory_knows_nothing(url: str) -> None:
-    assert (Run(url).status(), Run(url).written_job(), Run(url).metrics.read()) == (None, None, [])
+    run = Run(url)
+    assert (run.status(), run.provenance(), run.metrics.read(), run.completed(JOB)) == (None, {}, [], None)
+    assert not run.wished(SAVE_NOW)
 
 
-def test_the_job_is_found_again_from_the_url_alone(url: str) -> None:
+def test_the_job_is_found_again_from_the_url_alone(url: str, opened: Opens) -> None:
     opened(url)
-    assert Run(url).written_job() == JOB
+    provenance = Run(url).provenance()
+    assert (provenance["job"], provenance["resolved"]) == (JOB, RESOLVED)
     assert storage.read(Run(url).at("config.yaml")) == b"text: of the job\n"
 
 
-def test_every_start_is_one_more_attempt_and_none_is_forgotten(url: str) -> None:
-    opened(url, "first")
+def test_every_start_is_one_more_attempt_and_none_is_forgotten(url: str, opened: Opens) -> None:
+    opened(url, "first").close()
     opened(url, "second").set_status("running")
-    attempts = json.loads(storage.read(Run(url).at("provenance.json")))["attempts"]
-    assert [attempt["command"] for attempt in attempts] == [["first"], ["second"]]
+    attempts = Run(url).provenance()["attempts"]
+    assert [(attempt["attempt"], attempt["command"]) for attempt in attempts] == [(1, ["first"]), (2, ["second"])]
     assert all(attempt["host"] == "node-1" and "torch" in attempt["packages"] for attempt in attempts)
+    assert all(attempt["packages"]["python"] and attempt["packages"]["toolkit"] for attempt in attempts)
     assert Run(url).status()["attempt"] == 2
 
 
-def test_status_keeps_what_is_not_named_and_has_a_heartbeat(url: str) -> None:
+def test_an_attempt_is_never_called_like_an_earlier_one_though_the_claims_are_gone(url: str, opened: Opens) -> None:
+    opened(url).close()
+    opened(url).close()
+    storage.remove(Run(url).at("lock"))
+    assert [attempt["attempt"] for attempt in opened(url).provenance()["attempts"]] == [1, 2, 3]
+
+
+def test_a_second_writer_is_refused_and_writes_nothing(url: str, opened: Opens) -> None:
+    opened(url, "first")
+    names = ["config.yaml", "provenance.json", "lock/attempt-0001.json"]
+    before = contents(url, *names)
+    with pytest.raises(JobError, match=r"held by attempt 1 on host node-1"):
+        opened(url, "second")
+    assert contents(url, *names) == before
+    assert storage.names(Run(url).at("lock")) == ["attempt-0001.json"]
+
+
+def test_a_run_that_is_closed_can_be_opened_by_the_next(url: str, opened: Opens) -> None:
+    opened(url).close()
+    opened(url, host="node-2", boot_id="boot-2")
+
+
+def test_a_run_that_cannot_be_written_is_refused_and_let_go_of(
+    url: str, opened: Opens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = storage.write
+
+    def full(place: str, *args: Any, **options: Any) -> None:
+        if place.endswith("provenance.json"):
+            raise OSError(28, "No space left on device")
+        write(place, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", full)
+        with pytest.raises(JobError, match="cannot be written: .*No space left on device; choose another run.dir"):
+            opened(url)
+    opened(url, host="node-2", boot_id="boot-2")  # at once
+
+
+def test_who_waited_for_the_lock_still_refuses_the_job_of_another(
+    url: str, opened: Opens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = lock.Lock.claim
+
+    def waited(self: Any, *args: Any) -> int:
+        monkeypatch.setattr(lock.Lock, "claim", claim)
+        opened(url, "other").close()  # one that was quicker, and is done by now
+        return claim(self, *args)
+
+    monkeypatch.setattr(lock.Lock, "claim", waited)
+    with pytest.raises(JobError, match="another job"):
+        opened(url, "mine", job=JOB | {"model": {"name": "mlp", "args": {}}})
+    assert [attempt["command"] for attempt in Run(url).provenance()["attempts"]] == [["other"]]
+    opened(url, "third", host="node-2", boot_id="boot-2")  # the lock was let go of
+
+
+def test_status_keeps_what_is_not_named_and_has_a_heartbeat(url: str, opened: Opens) -> None:
     run = opened(url)
     run.set_status("running", step=3, total=9)
     run.set_status("preempted", step=5)
@@ -160,20 +170,129 @@ def test_status_keeps_what_is_not_named_and_has_a_heartbeat(url: str) -> None:
     assert status["heartbeat"].endswith("Z")
 
 
-def test_a_run_whose_rank_is_gone_can_be_marked_as_failed(url: str) -> None:
+def test_progress_is_written_with_the_next_heartbeat_and_an_end_is_not_unsaid(
+    url: str, opened: Opens, quick: None
+) -> None:
+    run = opened(url)
+    run.set_status("running", step=1)
+    run.progress(step=2)
+    assert Run(url).status()["step"] == 1
+    beats(run)
+    assert Run(url).status()["step"] == 2
+    run.set_status("completed", step=3)
+    run.progress(step=4)
+    beats(run)
+    assert [Run(url).status()[key] for key in ("state", "step")] == ["completed", 3]
+
+
+def test_wishes_are_seen_with_the_next_heartbeat_and_taken_away_when_granted(
+    url: str, opened: Opens, quick: None
+) -> None:
+    run = opened(url)
+    Run(url).ask(SAVE_NOW)
+    assert not run.wished("anything else")
+    beats(run)
+    assert run.wished(SAVE_NOW)
+    run.granted(SAVE_NOW)
+    assert not run.wished(SAVE_NOW)
+    assert storage.names(run.at("requests")) == []
+
+
+def test_a_remote_copy_of_the_metrics_follows_without_a_save(
+    tmp_path: Path, opened: Opens, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolkit.journal.Journal.UPLOAD_S", 0.0)
+    run = opened(f"memory://{tmp_path.name}")
+    run.metrics.open(0)
+    run.metrics.append({"step": 1})
+    beats(run)
+    assert Run(run.url).metrics.read() == [{"step": 1}]
+
+
+def test_what_cannot_be_written_beside_the_loop_is_a_problem_that_passes(
+    url: str, opened: Opens, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, write, away = opened(url), storage.write, "status.json"
+    run.set_status("running")
+
+    def broken(place: str, *args: Any, **options: Any) -> None:
+        if place.endswith(away):
+            raise OSError(f"no way to write {away}")
+        write(place, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", broken)
+        beats(run)
+        assert run.problem == "no way to write status.json"
+        away = "attempt-0001.json"  # the lock's own
+        waited = threading.Event()
+        while run.problem != f"no way to write {away}":
+            assert not waited.wait(0.02)
+    beats(run)
+    assert run.problem is None
+
+
+def test_who_was_taken_over_tells_nothing_any_more(tmp_path: Path, opened: Opens) -> None:
+    url = f"memory://{tmp_path.name}"
+    old = opened(url)
+    old.metrics.open(0)
+    old.metrics.append({"step": 1, "attempt": 1})
+    old.set_status("running", step=1)
+    claim = old.at("lock", "attempt-0001.json")
+    storage.write(claim, json.dumps(json.loads(storage.read(claim)) | {"released": True}).encode())
+    new = opened(url)
+    new.metrics.open(0)
+    new.metrics.append({"step": 1, "attempt": 2})
+    new.metrics.upload()
+    new.set_status("running", step=2)
+    with pytest.raises(RunError, match="has taken over"):
+        old.lock.check()
+    old.set_status("failed", step=9)
+    old.close()
+    assert [Run(url).status()[key] for key in ("attempt", "state", "step")] == [2, "running", 2]
+    assert [line["attempt"] for line in Run(url).metrics.read()] == [2]
+    assert (Run(url).attempt_of(os.getpid()), Run(url).attempt_of(1)) == (2, None)
+
+
+def test_a_run_whose_rank_is_gone_can_be_marked_as_failed(url: str, opened: Opens) -> None:
     opened(url).set_status("running", step=3)
     Run(url).failed("rank 1 was killed")
     status = Run(url).status()
     assert [status[key] for key in ("state", "step", "reason", "exit")] == ["failed", 3, "rank 1 was killed", 1]
 
 
-def test_a_directory_of_another_job_is_refused_with_each_difference(url: str) -> None:
-    opened(url)
-    before = storage.read(Run(url).at("provenance.json"))
-    with pytest.raises(JobError, match=r"another job:\n  model.args.width: 32 -> 64\n") as refusal:
-        opened(url, job=JOB | {"model": {"name": "cnn", "args": {"width": 64}}})
-    assert "--fresh" in str(refusal.value)
-    assert storage.read(Run(url).at("provenance.json")) == before
+def test_a_run_is_complete_only_for_the_job_and_the_end_that_it_has_reached(url: str, opened: Opens) -> None:
+    run = opened(url)
+    assert run.completed(JOB) is None
+    run.set_status("completed", summary="done")
+    assert run.completed(JOB)["summary"] == "done"
+    assert run.completed(JOB | {"eval": {"every_epochs": 7}})
+    for key, value in {"epochs": 6, "max_steps": 9}.items():
+        assert run.completed(JOB | {"train": JOB["train"] | {key: value}}) is None
+    assert run.completed(JOB | {"model": {"name": "mlp", "args": {}}}) is None
+    run.set_status("preempted")
+    assert run.completed(JOB) is None
+
+
+def test_a_directory_of_another_job_is_refused_with_each_difference_and_the_remedies(url: str, opened: Opens) -> None:
+    opened(url).close()
+    names = ["provenance.json", "config.yaml", "lock/attempt-0001.json"]
+    before = contents(url, *names)
+    wide = JOB | {"model": {"name": "cnn", "args": {"width": 64}}, "run": JOB["run"] | {"seed": 1}}
+    with pytest.raises(JobError) as refusal:
+        opened(url, job=wide)
+    where, said = storage.shown(url), str(refusal.value)
+    assert said.startswith(f"{where} holds a run of another job:\n  model.args.width: 32 -> 64\n  run.seed: 0 -> 1\n")
+    for remedy in (f"toolkit fork {where} --at STEP", f"run.init_from={where}", "--fresh", "put the old values back"):
+        assert remedy in said
+    assert contents(url, *names) == before
+
+
+def test_auto_that_means_something_else_here_is_a_difference(url: str, opened: Opens) -> None:
+    opened(url).close()
+    with pytest.raises(JobError, match=r"train.precision: 'fp32' -> 'bf16' \(what auto means on this machine\)"):
+        opened(url, resolved={"train.precision": "bf16"})
+    opened(url, resolved=RESOLVED)
 
 
 @pytest.mark.parametrize(
@@ -182,22 +301,27 @@ def test_a_directory_of_another_job_is_refused_with_each_difference(url: str) ->
 def test_a_damaged_file_is_named(url: str, name: str, content: bytes) -> None:
     storage.write(Run(url).at(name), content)
     with pytest.raises(JobError, match=rf"{name} is damaged"):
-        Run(url).status() if name == "status.json" else Run(url).written_job()
+        Run(url).status() if name == "status.json" else Run(url).provenance()
 
 
-@pytest.mark.parametrize(
-    ("section", "key", "value", "line"),
-    [
-        ("model", "args", {"width": 64}, "model.args.width: 32 -> 64"),
-        ("model", "args", {"width": 32, "norm": False}, "model.args.norm: None -> False"),
-        ("model", "args", {}, "model.args.width: 32 -> None"),
-        ("run", "seed", 1, "run.seed: 0 -> 1"),
-        ("data", "global_batch_size", 64, "data.global_batch_size: 32 -> 64"),
-        ("train", "clip_grad_norm", 1.0, "train.clip_grad_norm: None -> 1.0"),
-    ],
-)
+CHANGES = [
+    ("model", "args", {"width": 64}, "model.args.width: 32 -> 64"),
+    ("model", "args", {"width": 32, "norm": False}, "model.args.norm: None -> False"),
+    ("model", "args", {}, "model.args.width: 32 -> None"),
+    ("run", "seed", 1, "run.seed: 0 -> 1"),
+    ("run", "init_from", "runs/y", "run.init_from: None -> 'runs/y'"),
+    ("data", "global_batch_size", 64, "data.global_batch_size: 32 -> 64"),
+    ("train", "clip_grad_norm", 1.0, "train.clip_grad_norm: None -> 1.0"),
+    ("train", "ema_decay", 0.9, "train.ema_decay: None -> 0.9"),
+    ("train", "precision", "bf16", "train.precision: 'auto' -> 'bf16'"),
+]
+
+
+@pytest.mark.parametrize(("section", "key", "value", "line"), CHANGES)
 def test_what_makes_another_run_is_listed(section: str, key: str, value: Any, line: str) -> None:
-    assert changed(JOB, JOB | {section: JOB[section] | {key: value}}) == [line]
+    new = JOB | {section: JOB[section] | {key: value}}
+    assert changed(JOB, new) == [line]
+    assert digest(JOB, RESOLVED) != digest(new, RESOLVED)
 
 
 @pytest.mark.parametrize("key", sorted(MAY_CHANGE))
@@ -206,6 +330,37 @@ def test_what_may_differ_between_two_starts_is_no_change(key: str) -> None:
     new = JOB | {section: JOB.get(section, {}) | {name: "new"} if name else {"anything": "new"}}
     assert new != JOB
     assert changed(JOB, new) == []
+    assert digest(JOB, RESOLVED) == digest(new, RESOLVED)
+
+
+def test_what_may_change_is_a_part_of_the_job_file() -> None:
+    fields = Job.model_fields
+    for key in MAY_CHANGE:
+        section, _, name = key.partition(".")
+        assert section in fields
+        assert not name or name in fields[section].annotation.model_fields
+
+
+def test_a_digest_is_that_of_the_job_and_of_what_auto_means_in_any_order() -> None:
+    assert digest(dict(reversed(JOB.items())), RESOLVED) == digest(JOB, RESOLVED)
+    assert digest(JOB, {"train.precision": "bf16"}) != digest(JOB, RESOLVED)
+
+
+def test_a_run_begins_from_another_with_its_metrics_up_to_there(url: str, opened: Opens) -> None:
+    old = opened(url + "/old")
+    old.metrics.open(0)
+    for step in (1, 2, 3):
+        old.metrics.append({"step": step})
+    old.close()
+    new = Run(url + "/new")
+    new.begin_from(old, 2, "text: of another job\n", JOB | {"run": {"name": "y"}})
+    assert new.metrics.read() == [{"step": 1}, {"step": 2}]
+    assert storage.read(new.at("config.yaml")) == b"text: of another job\n"
+    provenance = new.provenance()
+    assert provenance["forked_from"] == {"run": storage.shown(old.url), "step": 2}
+    assert (provenance["resolved"], provenance["attempts"]) == (RESOLVED, [])
+    opened(new.url, job=JOB | {"run": {"name": "y"}})
+    assert new.provenance()["forked_from"]["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -225,7 +380,7 @@ def test_what_may_differ_between_two_starts_is_no_change(key: str) -> None:
     ],
 )
 def test_a_secret_on_the_command_line_is_not_stored_and_the_rest_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, kept: str
+    tmp_path: Path, opened: Opens, monkeypatch: pytest.MonkeyPatch, word: str, kept: str
 ) -> None:
     monkeypatch.chdir(tmp_path)  # outside of any repository, whose diff is stored too
     opened(str(tmp_path / "run"), "train", "job.yaml", word)
@@ -234,7 +389,9 @@ def test_a_secret_on_the_command_line_is_not_stored_and_the_rest_is(
     assert json.loads(text)["attempts"][0]["command"] == ["train", "job.yaml", kept]
 
 
-def test_the_commit_and_what_was_not_committed_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_and_what_was_not_committed_are_stored(
+    tmp_path: Path, opened: Opens, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code.py").write_text("before = 1\n")
     as_someone = ["git", "-c", "user.name=someone", "-c", "user.email=someone@example.org"]

@@ -1,5 +1,6 @@
 """The loop in a process of its own: gradients, clipping, precision, modes, rehearsal, and a loss that is lost."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from toolkit import session
-from toolkit.checkpoint import Checkpointer
-from toolkit.config import load_job
+from toolkit.checkpoint import Archive, Checkpointer
+from toolkit.config import Component, load_job
 from toolkit.datasets.loader import Batch
 from toolkit.distributed import ALONE
 from toolkit.observers.checkpoints import Checkpoints
+from toolkit.optim import build_optimizer, freeze
 from toolkit.tasks import Classification
 from toolkit.trainer import LostLossError, Trainer
 
@@ -23,9 +26,9 @@ SAMPLES, CLASSES = 24, 3
 
 
 def samples(first: int = 0, last: int = SAMPLES) -> Batch:
-    random = torch.Generator().manual_seed(1)
-    inputs = torch.randn(SAMPLES, 5, generator=random)
-    targets = torch.randint(CLASSES, (SAMPLES,), generator=random)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(SAMPLES, 5, generator=generator)
+    targets = torch.randint(CLASSES, (SAMPLES,), generator=generator)
     return Batch(inputs[first:last], targets[first:last], np.arange(first, last))
 
 
@@ -162,12 +165,104 @@ def test_training_trains_and_evaluation_evaluates_without_a_graph() -> None:
     assert recorder.inference_seen == [False, False, True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("precision", "eval_precision", "trained_in", "evaluated_in"),
+    [
+        ("bf16", None, torch.bfloat16, torch.bfloat16),
+        ("bf16", "fp32", torch.bfloat16, torch.float32),
+        ("fp32", "fp16", torch.float32, torch.float16),
+    ],
+)
+def test_evaluation_has_a_precision_of_its_own_or_that_of_training(
+    precision: str, eval_precision: str | None, trained_in: torch.dtype, evaluated_in: torch.dtype
+) -> None:
+    seen: list[torch.dtype] = []
+    model = network()
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer = trainer_of(model, precision=precision, eval_precision=eval_precision)
+    for _ in range(2):
+        trainer.fit([[samples()]])
+        trainer.evaluate([[samples()]])
+    assert seen == [trained_in, evaluated_in] * 2
+    assert trainer.state.scaler.is_enabled() == (precision == "fp16")
+
+
+class Drawing(nn.Module):
+    """Draws from every global generator, in training and in evaluation, as code of one's own may."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * torch.rand(()) + random.random() + float(np.random.rand())
+
+
+def test_an_evaluation_does_not_shift_what_training_draws() -> None:
+    plain, evaluated = trainer_of(network(Drawing())), trainer_of(network(Drawing()))
+    plain.fit([[samples()]] * 5)
+    for step in range(5):
+        evaluated.step(micro_batches(SAMPLES))
+        evaluated.evaluate([[samples()]] * step)
+    assert torch.equal(weights(plain), weights(evaluated))
+
+
 def test_evaluation_is_exact_over_uneven_batches() -> None:
     trainer = trainer_of(network())
     found = trainer.evaluate([[batch] for batch in micro_batches(9, 9, 5, 1)])
     output = trainer.model(samples().input)
     assert found["accuracy"] == (output.argmax(1) == samples().target).sum().item() / SAMPLES
     assert found["loss"] == pytest.approx(F.cross_entropy(output, samples().target).item(), rel=1e-6)
+
+
+def frozen_part(*extra: nn.Module) -> nn.Module:
+    """A network that begins with a frozen part, and goes on with a batch norm that is trained."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 5), *extra), *network(nn.BatchNorm1d(8)))
+    freeze(model, ["0.*"])
+    return model
+
+
+def test_frozen_means_that_nothing_changes_buffers_included() -> None:
+    model = frozen_part(nn.BatchNorm1d(5), nn.BatchNorm1d(5, affine=False), spectral_norm(nn.Linear(5, 5)))
+    optimizer = build_optimizer(model, Component(name="adamw", args={"lr": 0.1, "weight_decay": 0.1}), CPU)
+    settings = {"device": CPU, "total_steps": 6, "global_batch_size": SAMPLES}
+    trainer = Trainer(model, Classification(), optimizer, lambda step: 1.0, **settings)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer.rehearse([samples()])
+    trainer.fit([[samples()]] * 2)
+    trainer.evaluate([[samples()]])
+    trainer.step([samples()])  # an evaluation must not thaw it
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if not name.startswith("0.")}
+
+
+def test_a_frozen_batch_norm_normalises_as_in_evaluation_and_dropout_still_drops() -> None:
+    trainer = trainer_of(frozen_part(nn.BatchNorm1d(5), nn.Dropout(0.5)))
+    trainer.fit([[samples()]])
+    linear, norm, dropout = trainer.state.model[0]
+    assert (linear.training, norm.training, dropout.training) == (True, False, True)
+    assert trainer.state.model[3].training
+
+
+def test_a_frozen_batch_norm_takes_a_single_sample_in_rehearsal_and_in_training() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), nn.Linear(5, CLASSES))
+    freeze(model, ["0.*"])
+    trainer = trainer_of(model)
+    trainer.rehearse(micro_batches(1))  # one in training mode would refuse it
+    trainer.fit([micro_batches(1)])
+
+
+def test_a_batch_norm_beside_frozen_weights_keeps_learning() -> None:
+    model = network(nn.BatchNorm1d(8))
+    freeze(model, ["0.*", "2.bias"])
+    trainer = trainer_of(model)
+    trainer.fit([[samples()]])
+    assert model[2].running_mean.abs().sum() > 0
+
+
+def test_a_job_freezes_before_the_optimizer_is_built(workplace: Any) -> None:
+    job = load_job(str(workplace.folder / "digits.yaml"), ["train.freeze=['layers.1.*']"], {})
+    trainer = session.build(job, ALONE, CPU).trainer
+    trained = {name for name, parameter in trainer.state.model.named_parameters() if parameter.requires_grad}
+    assert trained == {"layers.3.weight", "layers.3.bias"}
+    held = [parameter for group in trainer.state.optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len(trainer.parameters) == 2
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:
@@ -243,12 +338,13 @@ def test_a_lost_loss_ends_the_run_and_is_never_saved(
 
         def end(self, trainer: Trainer) -> None: ...
 
-    checkpointer = Checkpointer(str(tmp_path / "checkpoints"))
-    saves = Checkpoints(checkpointer, every_steps, None, None, leads=True)
+    checkpointer = Checkpointer(Archive(str(tmp_path / "checkpoints")))
+    saves = Checkpoints(checkpointer, every_steps)
     trainer = trainer_of(network(), LostInStepThree())
     with pytest.raises(LostLossError) as lost:
         trainer.fit([[samples()]] * 6, [saves, AfterSaves()])
-    assert checkpointer.steps() == saved
+    checkpointer.wait()
+    assert checkpointer.archive.steps() == saved
     assert lost.value.steps == suspects
 
 
@@ -268,3 +364,16 @@ def test_auto_precision_is_full_on_a_cpu(workplace: Any, precision: str, enabled
     job = load_job(str(workplace.folder / "digits.yaml"), [f"train.precision={precision}"], {})
     trainer = session.build(job, ALONE, CPU).trainer
     assert trainer.state.scaler.is_enabled() == enabled
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("null", torch.bfloat16), ("auto", torch.float32), ("fp16", torch.float16)]
+)
+def test_the_job_says_in_which_precision_to_evaluate(workplace: Any, precision: str, dtype: torch.dtype) -> None:
+    words = ["train.precision=bf16", f"eval.precision={precision}"]
+    job = load_job(str(workplace.folder / "digits.yaml"), words, {})
+    parts = session.build(job, ALONE, CPU)
+    seen: set[torch.dtype] = set()
+    parts.trainer.state.model.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    parts.trainer.evaluate([parts.test[0]])
+    assert seen == {dtype}

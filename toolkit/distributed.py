@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from toolkit.errors import JobError
+from toolkit.errors import JobError, RunError
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 _START_TIMEOUT = timedelta(minutes=10)
@@ -132,27 +133,49 @@ def same_buffers(model: nn.Module) -> None:
 
 
 def from_rank_0(decide: Callable[[], Any]) -> Any:
-    """What rank 0's `decide` returns, on every rank; its JobError, too.
+    """What rank 0's `decide` returns, on every rank; its errors, too, so that no rank waits for one that has left.
 
     The value travels as JSON, so it must be plain data.
     """
     if not dist.is_initialized():
         return decide()
-    error, content = None, torch.empty(0, dtype=torch.uint8)
+    error: Exception | None = None
+    answer = {}
     if dist.get_rank() == 0:
         try:
             answer = {"value": decide()}
-        except JobError as refusal:
-            error, answer = refusal, {"refusal": str(refusal)}
-        content = torch.frombuffer(bytearray(json.dumps(answer).encode()), dtype=torch.uint8)
-    length = torch.tensor([content.numel()])
-    dist.broadcast(length, 0)
-    content = content if content.numel() else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(content, 0)
-    answer = json.loads(bytes(content.tolist()))
-    if "refusal" in answer:
-        raise error or JobError(answer["refusal"])
+        except (JobError, RunError, OSError) as refusal:
+            error, answer = refusal, {"refused" if isinstance(refusal, JobError) else "failed": str(refusal)}
+    answer = _broadcast(answer, 0)
+    if error:
+        raise error
+    if "refused" in answer:
+        raise JobError(answer["refused"])
+    if "failed" in answer:
+        raise RunError(answer["failed"])
     return answer["value"]
+
+
+def first_of_ranks(words: str) -> str:
+    """The words of the lowest rank that has any, on every rank; nothing if none has."""
+    if not dist.is_initialized():
+        return words
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    first = torch.tensor([rank if words else world_size])
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    return str(_broadcast(words, int(first))) if int(first) < world_size else ""
+
+
+def _broadcast(value: Any, source: int) -> Any:
+    """One rank's plain data on every rank."""
+    content = torch.empty(0, dtype=torch.uint8)
+    if dist.get_rank() == source:
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    length = torch.tensor([content.numel()])
+    dist.broadcast(length, source)
+    content = content if content.numel() else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(content, source)
+    return json.loads(content.numpy().tobytes())
 
 
 class Agreement:
@@ -205,12 +228,24 @@ _NO_WISH: frozenset[str] = frozenset()
 
 
 def describe() -> dict[str, Any]:
-    """What is worth knowing of this process's machine for provenance."""
+    """What is worth knowing of this process's machine for provenance, and who it is for the run's lock."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "boot_id": _kernel_says(lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()),
+        "pid_namespace": _kernel_says(lambda: os.readlink("/proc/self/ns/pid")),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _kernel_says(read: Callable[[], str]) -> str | None:
+    """What Linux says; None elsewhere."""
+    try:
+        return read()
+    except OSError:
+        return None

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name.
+"""Optimizers and learning-rate schedules by name; which weights are trained, and their moving average.
 
 An own optimizer is called as `Optimizer(params, **args)`, an own schedule as `schedule(step, total_steps, **args)`: it
 returns the factor of the learning rate for the step numbered `step`, 0 to total_steps - 1. A schedule is a function of
@@ -6,15 +6,19 @@ the step, so it has no state to save.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import partial
 from math import cos, pi
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit import components
+from toolkit.errors import JobError
 
 OPTIMIZERS = {
     "adam": "torch.optim:Adam",
@@ -50,6 +54,83 @@ def build_optimizer(model: nn.Module, component: Any, device: torch.device) -> t
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+class Ema:
+    """An exponential moving average of the trained weights: average = decay * average + (1 - decay) * weight.
+
+    It begins with the weights as they are. `tensors` holds it by parameter name, a tied one once, in fp32 at least: in
+    bf16 a step of (1 - decay) is rounded away from 0.99 on. Frozen weights are their own average, and buffers, such as
+    running statistics, are not averaged.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors: dict[str, Tensor] = {
+            name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            for name, weight in model.named_parameters()
+            if weight.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take one step towards the model's weights."""
+        averages = [*self.tensors.values()]
+        weights = [weight.to(average.dtype) for weight, average in zip(self._weights(model), averages, strict=True)]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averages for weights in here, and afterwards its own again, bit for bit.
+
+        Its own are kept in a copy meanwhile, which takes the room that gradients have left.
+        """
+        weights = self._weights(model)
+        own = [weight.detach().clone() for weight in weights]
+        try:
+            _put(self.tensors.values(), weights)
+            yield
+        finally:
+            _put(own, weights)
+
+    def _weights(self, model: nn.Module) -> list[Tensor]:
+        named = dict(model.named_parameters())
+        return [named[name] for name in self.tensors]
+
+
+@torch.no_grad()
+def _put(sources: Iterable[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)  # one by one: torch._foreach_copy_ refuses DTensors
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the parameters whose names match any of the patterns, such as `layers.0.*`, out of training.
+
+    Call it before the optimizer and DDP are built. Where all parameters of a part are frozen, the trainer keeps its
+    buffers, such as running statistics, as they are. Raises JobError if a pattern matches nothing, or nothing is left.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))  # a tied one has several names, and any will do
+    for pattern in patterns:
+        matching = [parameter for name, parameter in named if fnmatchcase(name, pattern)]
+        if not matching:
+            raise JobError(_no_match(pattern, [name for name, _ in named]))
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for _, parameter in named):
+        given = ", ".join(patterns)
+        raise JobError(f"train.freeze: {given} leaves no parameter of the model to train; freeze less")
+
+
+def _no_match(pattern: str, names: list[str]) -> str:
+    parts = {".".join([*name.split(".")[:depth], "*"]) for name in names for depth in range(1, name.count(".") + 1)}
+    near = get_close_matches(pattern, [*names, *sorted(parts)], 1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (
+        f"train.freeze: {pattern!r} matches none of the model's {len(names)} parameters; {meant}"
+        f"Their names: {', '.join(names[:5])}{more}"
+    )
 
 
 def build_schedule(component: Any, total_steps: int) -> Callable[[int], float]:

@@ -3,20 +3,23 @@
 Everything about a run is found from its URL (law 1).
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from toolkit import storage
 from toolkit.errors import JobError
+from toolkit.journal import Journal
+from toolkit.lock import Lock, newest_claim
 
 # What may differ between two starts of one run. All else makes another run, whatever it is called.
 MAY_CHANGE = {
@@ -25,16 +28,33 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
+# Of what is known of a process, what tells it from others.
+WHO = ("host", "pid", "pid_namespace", "boot_id", "slurm_job_id", "slurm_restart_count")
+
+SAVE_NOW = "save-now"  # a request for a checkpoint
 COMPLETE = "This run is complete: raise train.epochs to go on, or start over with --fresh."
 
 
 class Run:
-    """One run directory, local or remote. Only rank 0 writes."""
+    """One run directory, local or remote. Only rank 0 writes, and only while it holds the lock.
+
+    What changes all the time (status.json, a remote metrics.jsonl) is written by the lock's thread, at each heartbeat:
+    a slow or broken store does not hold up the loop.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.metrics = Journal(storage.join(url, "metrics.jsonl"))
+        self.lock: Lock | None = None
+        self.wishes: frozenset[str] = frozenset()  # requests that others have left, such as save-now
+        self._unwritten: str | None = None
         self._status: dict[str, Any] = {}
+        self._storing = threading.Lock()
+
+    @property
+    def problem(self) -> str | None:
+        """What could not be written, or nothing."""
+        return (self.lock.problem if self.lock else None) or self._unwritten
 
     def at(self, *names: str) -> str:
         """The URL of something in this run."""
@@ -45,109 +65,153 @@ class Run:
         status: dict[str, Any] | None = _json(self.at("status.json"))
         return status
 
-    def written_job(self) -> dict[str, Any] | None:
-        """The job this directory was made for, as plain values, or None for a new directory."""
-        job: dict[str, Any] | None = (_json(self.at("provenance.json")) or {}).get("job")
-        return job
+    def provenance(self) -> dict[str, Any]:
+        """The job this directory was made for, as plain values, what `auto` meant, and each start; {} for a new one."""
+        return _json(self.at("provenance.json")) or {}
 
     def open(
-        self, config_text: str, job: dict[str, Any], started_with: Sequence[str], machine: Mapping[str, Any]
-    ) -> None:
-        """Write the job and where it comes from, before step 1.
+        self,
+        config_text: str,
+        job: dict[str, Any],
+        resolved: Mapping[str, Any],
+        started_with: Sequence[str],
+        machine: Mapping[str, Any],
+        say: Callable[[str], None] = lambda words: None,
+    ) -> int:
+        """Take the lock, write the job and where it comes from, before step 1. Returns the number of this attempt.
 
-        Raises JobError if the directory belongs to another job.
+        `resolved` is what `auto` means here, by key. Raises JobError if the directory belongs to another job or is
+        being written to.
         """
-        provenance = _json(self.at("provenance.json")) or {"attempts": []}
-        differences = changed(provenance["job"], job) if "job" in provenance else []
-        if differences:
-            raise JobError(
-                f"{self.url} holds a run of another job:\n" + "\n".join(f"  {line}" for line in differences) +
-                "\nput the old values back, or start a new run with --fresh or another run.dir"
-            )  # fmt: skip
-        attempt = {"started_at": _now(), "command": [_without_secrets(word) for word in started_with], **machine}
-        provenance |= {
-            "job": job,
-            "attempts": [*provenance["attempts"], attempt | source_code() | {"packages": _packages()}],
-        }
+        self.refuse_drift(job, resolved)
+        identity = {key: machine.get(key) for key in WHO}
+        self.lock = Lock(self.at("lock"), identity, self._beat)
         try:
+            attempt = self.lock.claim(len(self.provenance().get("attempts", [])) + 1, say)
+            self.refuse_drift(job, resolved)  # again: another may have begun here, and ended, before we had the lock
+            if note := self.lock.note():
+                say(note)
+            provenance = self.provenance() or {"attempts": []}
+            start = {
+                "attempt": attempt,
+                "started_at": _now(),
+                "command": [_without_secrets(word) for word in started_with],
+            }
+            provenance |= {
+                "job": job,
+                "resolved": dict(resolved),
+                "attempts": [
+                    *provenance["attempts"],
+                    start | dict(machine) | source_code() | {"packages": _packages()},
+                ],
+            }
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
         except OSError as error:
-            raise JobError(f"run.dir {self.url} cannot be written: {error}; choose another run.dir") from error
-        self._status = {"attempt": len(provenance["attempts"]), "host": machine.get("host"), "pid": os.getpid()}
+            self.lock.release()
+            where = storage.shown(self.url)
+            raise JobError(f"run.dir {where} cannot be written: {error}; choose another run.dir") from error
+        except JobError:
+            self.lock.release()
+            raise
+        self._status = {"attempt": attempt, "host": machine.get("host"), "pid": os.getpid()}
+        return attempt
+
+    def refuse_drift(self, job: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
+        """Raises JobError that lists, old beside new, what makes this another job than the directory's."""
+        provenance = self.provenance()
+        if "job" not in provenance:
+            return
+        lines = changed(provenance["job"], job)
+        for key, now in resolved.items():
+            if (before := provenance.get("resolved", {}).get(key, now)) != now:
+                lines.append(f"{key}: {before!r} -> {now!r} (what auto means on this machine)")
+        if lines:
+            where = storage.shown(self.url)
+            raise JobError(
+                f"{where} holds a run of another job:\n" + "\n".join(f"  {line}" for line in lines) +
+                f"\nput the old values back; or go on from one of its checkpoints in a new run: toolkit fork {where} "
+                f"--at STEP KEY=VALUE; or take only its weights: run.init_from={where} with another run.dir; or start "
+                "over with --fresh"
+            )  # fmt: skip
+
+    def begin_from(self, other: "Run", step: int, config_text: str, job: dict[str, Any]) -> None:
+        """Be a new run that goes on from a step of another: with its metrics up to there, and a job of its own."""
+        lines = [line for line in other.metrics.read() if line["step"] <= step]
+        storage.write(self.at("metrics.jsonl"), "".join(json.dumps(line) + "\n" for line in lines).encode())
+        storage.write(self.at("config.yaml"), config_text.encode())
+        origin = {"run": storage.shown(other.url), "step": step}
+        resolved = other.provenance().get("resolved", {})
+        provenance = {"job": job, "resolved": resolved, "forked_from": origin, "attempts": []}
+        storage.write(self.at("provenance.json"), _text(provenance))
 
     def completed(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
         """The status of a run that has already done all that `job`, as plain values, asks for; else None."""
-        status, written = self.status(), self.written_job()
+        status, written = self.status(), self.provenance().get("job")
         if not status or not written or status["state"] != "completed":
             return None
         same_end = all(written["train"][key] == job["train"][key] for key in ("epochs", "max_steps"))
         return status if same_end and not changed(written, job) else None
 
-    def set_status(self, state: str, durable: bool = True, **values: Any) -> None:
-        """Replace status.json: what is not named stays. `heartbeat` is now."""
-        self._status |= {"state": state, "heartbeat": _now(), **values}
-        storage.write(self.at("status.json"), _text(self._status), durable)
+    def progress(self, **values: Any) -> None:
+        """What the next heartbeat will write into status.json. Costs nothing, so that it can be said at every step."""
+        self._status = self._status | {"heartbeat": _now(), **values}  # a new one: the lock's thread may be reading it
+
+    def set_status(self, state: str, **values: Any) -> None:
+        """Replace status.json now: what is not named stays. Nothing is written once another attempt has taken over."""
+        self.progress(state=state, **values)
+        if self.lock and self.lock.was_taken():
+            return
+        with self._storing:
+            storage.write(self.at("status.json"), _text(self._status))
+
+    def attempt_of(self, pid: int) -> int | None:
+        """The number of the newest attempt, if that is this process; None once another has taken over."""
+        claim = newest_claim(self.at("lock"))
+        return int(claim["attempt"]) if claim and claim["pid"] == pid else None
 
     def failed(self, reason: str) -> None:
         """Mark a run as failed whose own rank 0 no longer can."""
         self._status = self.status() or {}
         self.set_status("failed", reason=reason, exit=1)
 
+    def ask(self, wish: str) -> None:
+        """Leave a request for whoever trains here."""
+        storage.write(self.at("requests", wish), b"")
 
-class Journal:
-    """A file of JSON lines that grows.
+    def wished(self, wish: str) -> bool:
+        """Whether somebody has left this request, as of the last heartbeat."""
+        return wish in self.wishes
 
-    On an object store, which cannot append, it grows in a local spool and is uploaded whole.
-    """
-
-    UPLOAD_S = 30.0
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._file: Any = None
-        self._uploaded_s = 0.0
-
-    def open(self, last_step: int) -> None:
-        """Start appending after the lines of steps up to `last_step`; later ones, of a past that is no more, are cut
-        off.
-        """
-        kept = [line for line in self.read() if line["step"] <= last_step]
-        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
-        storage.write(self.url, content)
-        path = storage.local_path(self.url)
-        if path is None:
-            self._file = tempfile.NamedTemporaryFile("a", prefix="toolkit-spool-", suffix=".jsonl")  # noqa: SIM115
-            self._file.write(content.decode())
-            self._file.flush()  # or an upload before the first line would empty the remote copy
-        else:
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run is
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if time.monotonic() - self._uploaded_s > self.UPLOAD_S:
-            self.upload()
-
-    def upload(self) -> None:
-        """Bring a remote copy up to date; a local file is so already."""
-        if self._file is not None and storage.local_path(self.url) is None:
-            storage.write(self.url, Path(self._file.name).read_bytes())
-            self._uploaded_s = time.monotonic()
+    def granted(self, wish: str) -> None:
+        """Take a request away."""
+        storage.remove(self.at("requests", wish))
+        self.wishes -= {wish}
 
     def close(self) -> None:
-        if self._file is not None:
-            self.upload()
-            self._file.close()
+        """Let go of everything. A store that does not answer any more has been complained of already.
 
-    def read(self) -> list[dict[str, Any]]:
-        """All lines, oldest first."""
+        Where another attempt has taken over, the remote copy of the metrics is its own.
+        """
+        with suppress(OSError):
+            self.metrics.close(upload=not (self.lock and self.lock.was_taken()))
+        if self.lock:
+            with suppress(OSError):  # then the next start sees that the heartbeat has stopped
+                self.lock.release()
+
+    def _beat(self) -> None:
+        """At each heartbeat of the lock, in its thread."""
         try:
-            content = storage.read(self.url)
-        except FileNotFoundError:
-            return []
-        whole, _, _ = content.decode().rpartition("\n")  # a line that a kill cut short has no end
-        return [json.loads(line) for line in whole.splitlines() if line]
+            with self._storing:
+                if self._status.get("state") == "running":  # an end that has been said must not be unsaid
+                    storage.write(self.at("status.json"), _text(self._status), durable=False)
+            if self.metrics.overdue:
+                self.metrics.upload()
+            self.wishes = frozenset(storage.names(self.at("requests")))
+        except OSError as error:
+            self._unwritten = str(error)
+        else:
+            self._unwritten = self.metrics.problem
 
 
 def fresh_url(url: str) -> str:
@@ -172,6 +236,20 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
     return lines
 
 
+def digest(job: Mapping[str, Any], resolved: Mapping[str, Any]) -> str:
+    """Equal for two jobs exactly if one may resume the other."""
+    fixed = json.dumps([_without(job, MAY_CHANGE), dict(resolved)], sort_keys=True)
+    return hashlib.sha256(fixed.encode()).hexdigest()[:32]
+
+
+def _without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if prefix + key not in keys
+    }
+
+
 def source_code() -> dict[str, Any]:
     """The git commit and uncommitted changes of the folder the command runs in; nothing outside a repository."""
     commit = _git("rev-parse", "HEAD")
@@ -189,9 +267,8 @@ def _git(*words: str) -> str:
 
 
 def _packages() -> dict[str, str]:
-    return {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]} | {
-        "python": sys.version.split()[0]
-    }
+    about = [found.metadata for found in importlib.metadata.distributions()]  # parsed anew at each use
+    return {one["Name"]: one["Version"] for one in about if one["Name"]} | {"python": sys.version.split()[0]}
 
 
 def _without_secrets(word: str) -> str:
@@ -211,7 +288,9 @@ def _json(url: str) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise JobError(f"{url} is damaged ({error}); remove it, or start a new run with --fresh") from error
+        raise JobError(
+            f"{storage.shown(url)} is damaged ({error}); remove it, or start a new run with --fresh"
+        ) from error
 
 
 def _text(tree: Any) -> bytes:

@@ -3,15 +3,15 @@
 The only module that knows both the job file and the loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from toolkit import components, datasets, diagnosis, distributed, optim, storage
-from toolkit.checkpoint import Checkpointer
+from toolkit import components, datasets, diagnosis, distributed, optim, persistence, storage
 from toolkit.config import Fraction, Job
 from toolkit.config.text import dump
 from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
@@ -21,11 +21,13 @@ from toolkit.datasets.transforms import TRANSFORMS
 from toolkit.distributed import ALONE, Agreement, Ranks
 from toolkit.errors import JobError, RunError
 from toolkit.models import MODELS
+from toolkit.observers.averaging import Averaging
 from toolkit.observers.checkpoints import Checkpoints
 from toolkit.observers.evaluation import Batches, Evaluation
 from toolkit.observers.heartbeat import Heartbeat
 from toolkit.observers.metrics import Metrics
 from toolkit.observers.progress import ProgressBar
+from toolkit.observers.samples import recorded
 from toolkit.randomness import derive, seed_everything
 from toolkit.run import COMPLETE, Run
 from toolkit.signals import StopSignals
@@ -53,6 +55,7 @@ class Parts:
     steps: TrainingSteps
     val: EvaluationSteps | None
     test: EvaluationSteps | None
+    resolved: dict[str, Any]  # what `auto` means here, where it changes what is learnt
 
 
 def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, command: Sequence[str] = ()) -> Result:
@@ -70,8 +73,8 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
         return Result("completed", run.url, done["step"], done["metrics"])
     parts = build(job, ranks, device)
     _rehearse(parts)
-    distributed.from_rank_0(lambda: _open(run, job, command))
-    return _trained(run, job, parts, signals, console)
+    attempt = distributed.from_rank_0(lambda: _open(run, job, parts, command, console))
+    return _trained(run, job, parts, attempt, signals, console)
 
 
 def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
@@ -92,7 +95,8 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
     micro_batch_size = None if job.train.micro_batch_size == "auto" else job.train.micro_batch_size
     steps = TrainingSteps(data, sampler, micro_batch_size, transforms)
     trainer = _trainer(job, ranks, device, shapes, sampler)
-    return Parts(trainer, steps, _evaluated(job, val, steps, ranks), _evaluated(job, test, steps, ranks))
+    resolved = {"train.precision": distributed.choose_precision(job.train.precision, device)}
+    return Parts(trainer, steps, _evaluated(job, val, steps, ranks), _evaluated(job, test, steps, ranks), resolved)
 
 
 def _trainer(
@@ -100,6 +104,7 @@ def _trainer(
 ) -> Trainer:
     seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine
     model = components.build("model", job.model, MODELS, offers=shapes).to(device)
+    optim.freeze(model, job.train.freeze)
     if job.train.compile:
         model.compile()
     by_epochs = sampler.first_step(job.train.epochs) if job.train.epochs else float("inf")
@@ -116,6 +121,8 @@ def _trainer(
         seed=job.run.seed,
         precision=distributed.choose_precision(job.train.precision, device),
         clip_grad_norm=job.train.clip_grad_norm,
+        ema=optim.Ema(model, job.train.ema_decay) if job.train.ema_decay else None,
+        eval_precision=job.eval.precision and distributed.choose_precision(job.eval.precision, device),
     )
 
 
@@ -144,49 +151,42 @@ def _rehearse(parts: Parts) -> None:
         raise JobError(f"model, data and task do not fit together: {type(error).__name__}: {error}") from error
 
 
-def _open(run: Run, job: Job, command: Sequence[str]) -> None:
+def _open(run: Run, job: Job, parts: Parts, command: Sequence[str], console: Console) -> int:
+    """Take the lock and write the job down. Returns the number of this attempt."""
     written = job.as_written()
-    run.open(dump(written), written, command, distributed.describe())
+    run.refuse_drift(written, parts.resolved)
+    persistence.check_origin(run, job, parts.trainer)
+    return run.open(dump(written), written, parts.resolved, command, distributed.describe(), _to(console))
 
 
-def _trained(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
-    trainer, state, leads = parts.trainer, parts.trainer.state, parts.trainer.ranks.leads
-    saves = _saves(run, job, leads)
+def _trained(run: Run, job: Job, parts: Parts, attempt: int, signals: StopSignals, console: Console) -> Result:
+    trainer, say = parts.trainer, _to(console)
+    saves = persistence.checkpoints(run, job, trainer, attempt, parts.resolved, say)
     try:
-        _resume(run, saves.checkpointer, trainer)
+        persistence.begin(run, job, trainer, saves, say)
         _announce(run, job, parts, console)
-        agreement = Agreement(trainer.ranks, {"stop": signals.wanted, "save": saves.overdue})
-        remaining = batches(parts.steps, state.step, trainer.total_steps, job.data.workers, trainer.device)
-        trainer.fit(remaining, _observers(run, job, parts, saves, console), agreement)
+        wishes = {"stop": lambda: signals.wanted() or saves.broken(), "save": saves.wanted}
+        trainer.fit(
+            _remaining(run, job, parts, attempt),
+            _observers(run, job, parts, saves, console),
+            Agreement(trainer.ranks, wishes),
+        )
+        return _ended(run, job, parts, signals, console)
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
-        if leads:
-            run.set_status("failed", step=state.step, reason=str(cause), exit=1)
+        if trainer.ranks.leads:
+            with suppress(OSError):  # the cause is what matters, and it is shown whatever the store does
+                run.set_status("failed", step=trainer.state.step, reason=str(cause), exit=1)
         raise cause from error
     finally:
-        run.metrics.close()
-    return _ended(run, job, parts, signals, console)
+        run.close()
 
 
-def _resume(run: Run, checkpointer: Checkpointer, trainer: Trainer) -> None:
-    """Go to the newest checkpoint, which rank 0 finds, and cut off the metrics of a past that is no more."""
-    newest = distributed.from_rank_0(checkpointer.newest)
-    if newest is not None:
-        checkpointer.load(newest, trainer.state)
-    if trainer.ranks.leads:
-        run.metrics.open(last_step=trainer.state.step)
-
-
-def _checkpointer(url: str, job: Job) -> Checkpointer:
-    mode = job.checkpoint.best.mode if job.checkpoint.best else "max"
-    return Checkpointer(storage.join(url, "checkpoints"), job.checkpoint.keep, mode)
-
-
-def _saves(run: Run, job: Job, leads: bool) -> Checkpoints:
-    policy = job.checkpoint
-    metric = policy.best.metric if policy.best else None
-    checkpointer = _checkpointer(run.url, job)
-    return Checkpoints(checkpointer, policy.every_steps, policy.every_min, metric, leads, first=run.metrics.upload)
+def _remaining(run: Run, job: Job, parts: Parts, attempt: int) -> Iterable[Any]:
+    """The batches of every step that is still to be taken."""
+    trainer = parts.trainer
+    steps = batches(parts.steps, trainer.state.step, trainer.total_steps, job.data.workers, trainer.device)
+    return recorded(steps, run, attempt, trainer) if job.log.samples else steps
 
 
 def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Console) -> list[Observer]:
@@ -202,13 +202,14 @@ def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Co
         return int(step / steps_per_epoch / every_epochs) > int((step - 1) / steps_per_epoch / every_epochs)
 
     device = parts.trainer.device
+    averaging = [Averaging()] if parts.trainer.state.ema else []
     evaluation = Evaluation(due, _whole(parts.val, job, device), _whole(parts.test, job, device))
-    if not parts.trainer.ranks.leads:
-        return [evaluation, Metrics(job.log.every_steps, steps_per_epoch, [], job.checkpoint.every_steps), saves]
-    progress = ProgressBar(console)
-    sinks = [run.metrics.append, progress.show]
-    metrics = Metrics(job.log.every_steps, steps_per_epoch, sinks, job.checkpoint.every_steps)
-    return [evaluation, metrics, saves, Heartbeat(run, steps_per_epoch), progress]
+    progress, leads = ProgressBar(console), parts.trainer.ranks.leads
+    sinks = [run.metrics.append, progress.show] if leads else []
+    metrics = Metrics(job.log.every_steps, steps_per_epoch, sinks, job.checkpoint.every_steps, saves.counts)
+    heartbeat = Heartbeat(run, steps_per_epoch, saves.checkpointer, _to(console))
+    told: list[Observer] = [heartbeat, progress] if leads else []
+    return [*averaging, evaluation, metrics, saves, *told]
 
 
 def _ended(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
@@ -220,10 +221,13 @@ def _ended(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Cons
         reason = f"stopped by {signals.received.name}" if signals.received else "another rank was asked to stop"
     metrics: dict[str, float] = {}
     if trainer.ranks.leads:
+        run.metrics.close()  # raises if a line could not be written, and then this is no good end
         lines = [line for line in run.metrics.read() if line["step"] == step]
-        metrics = {name: value for line in lines for name, value in line.items() if name.startswith(("val/", "test/"))}
+        reported = {name: value for line in lines for name, value in line.items() if value is not None}
+        metrics = {name: value for name, value in reported.items() if name.startswith(("val/", "test/"))}
         found = "".join(f"  {name} {value:.4f}" for name, value in sorted(metrics.items()))
-        summary = f"{job.run.name}: {state} at step {step} of {trainer.total_steps}{found}\nrun directory: {run.url}"
+        summary = f"{job.run.name}: {state} at step {step} of {trainer.total_steps}{found}\n"
+        summary += f"run directory: {storage.shown(run.url)}"
         epoch = step * job.data.global_batch_size // parts.steps.sampler.size
         progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch}
         run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
@@ -234,13 +238,17 @@ def _ended(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Cons
     return Result(state, run.url, step, metrics)
 
 
+def _to(console: Console) -> Callable[[str], None]:
+    return lambda words: console.print(words, **_PLAIN)
+
+
 def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
     trainer, sampler = parts.trainer, parts.steps.sampler
     parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
     ranks = f"{trainer.ranks.world_size} rank{'s' if trainer.ranks.world_size > 1 else ''}"
     start = f"resuming at step {trainer.state.step}" if trainer.state.step else "starting"
     console.print(
-        f"{job.run.name}: {start} in {run.url}\n"
+        f"{job.run.name}: {start} in {storage.shown(run.url)}\n"
         f"{parameters} parameters, {sampler.size} training samples, {trainer.total_steps} "
         f"steps of {sampler.global_batch_size}, "
         f"{ranks} on {trainer.device}",
@@ -256,12 +264,10 @@ def evaluate(job: Job, url: str, which: str = "last", split: str = "test") -> di
     parts = build(job, ALONE, device)
     batches_of = _whole(parts.val if split == "val" else parts.test, job, device)
     if batches_of is None:
-        raise JobError(f"the job of {url} has no data.{split}; use --split {'test' if split == 'val' else 'val'}")
-    checkpointer = _checkpointer(url, job)
-    step = {"last": checkpointer.newest, "best": checkpointer.best}.get(
-        which, lambda: int(which) if which.isdigit() else None
-    )()
-    if step not in checkpointer.steps():
-        raise JobError(f"{url} has no checkpoint {which!r}; it has steps {checkpointer.steps()}")
-    checkpointer.load(step, parts.trainer.state)
+        raise JobError(
+            f"the job of {storage.shown(url)} has no data.{split}; use --split {'test' if split == 'val' else 'val'}"
+        )
+    archive = persistence.archive_of(url, job)
+    step = persistence.step_of(archive, which)
+    archive.load(step, parts.trainer.state)
     return {f"{split}/{name}": value for name, value in parts.trainer.evaluate(batches_of()).items()} | {"step": step}

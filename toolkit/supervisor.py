@@ -164,13 +164,14 @@ def _write_note(environment: Mapping[str, str], note: Mapping[str, Any]) -> None
 
 
 def _keep_logs(attempt: Attempt, run_url: str, status: int, message: str) -> None:
-    """Logs go to the run if it was begun; a run that failed is told which rank was first."""
-    run = Run(run_url)
+    """Logs go to the run if it was begun, and is still ours; one that failed is told which rank was first."""
+    run, leader = Run(run_url), attempt.notes().get(0)
+    number = run.attempt_of(leader["pid"]) if leader else None
     found = run.status()
-    if status == 2 or found is None:
+    if status == 2 or number is None or found is None:
         return
     for path in sorted(attempt.folder.glob("*.log")):
-        storage.write(run.at("logs", f"attempt-{found['attempt']}-{path.name}"), path.read_bytes(), durable=False)
+        storage.write(run.at("logs", f"attempt-{number}-{path.name}"), path.read_bytes(), durable=False)
     if status == 1 and found["state"] in ("running", "failed"):  # rank 0 may have seen only that another was gone
         run.failed(message)
 

@@ -34,6 +34,7 @@ class State:
     scaler: torch.amp.GradScaler
     step: int = 0
     best: float | None = None
+    ema: Any = None  # an optim.Ema, which this module need not know, or None
 
 
 class LostLossError(RunError):
@@ -74,19 +75,19 @@ class Trainer:
         seed: int = 0,
         precision: str = "fp32",
         clip_grad_norm: float | None = None,
+        ema: Any = None,
+        eval_precision: str | None = None,
     ) -> None:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.state = State(model, optimizer, scaler)
+        self.state = State(model, optimizer, scaler, ema=ema)
         self.model = distributed.wrap(model, device)
         self.task, self.schedule = task, schedule
         self.device, self.ranks, self.seed = device, ranks, seed
-        self.total_steps, self.global_batch_size = total_steps, global_batch_size
-        self.autocast = _autocast(device, precision)
-        self.clip_grad_norm = clip_grad_norm
+        self.total_steps, self.global_batch_size, self.clip_grad_norm = total_steps, global_batch_size, clip_grad_norm
+        self.autocast, self.eval_autocast = (_autocast(device, p) for p in (precision, eval_precision or precision))
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.interval = Interval(device, global_batch_size)
-        self.output_shape = torch.Size()
-        self.evaluating = False
+        self.evaluating, self.output_shape = False, torch.Size()
         self.report: dict[str, float] = {}  # what this step has to say beside its losses, such as val/accuracy
 
     @property
@@ -98,7 +99,7 @@ class Trainer:
     ) -> None:
         """Take every step, or those before the ranks agree to stop."""
         agreement = agreement or Agreement(self.ranks, {})
-        self.model.train()
+        _train_mode(self.model)
         for observer in observers:
             observer.start(self)
         for micro_batches in steps:
@@ -183,7 +184,7 @@ class Trainer:
         than an undisturbed one. It also compiles, and finds wrong shapes and too little memory before anything is
         written.
         """
-        self.model.train()
+        _train_mode(self.model)
         buffers = [(buffer, buffer.clone()) for buffer in self.state.model.buffers()]
         self.backward(micro_batches)
         for parameter in self.parameters:
@@ -193,22 +194,26 @@ class Trainer:
         self.interval.restart()
 
     def evaluate(self, steps: Iterable[Sequence[Any]]) -> dict[str, float]:
-        """The task's metrics over a whole set: sums over all samples of all ranks, divided once at the end."""
+        """The task's metrics over a whole set: sums over all samples of all ranks, divided once at the end.
+
+        Of the averaged weights, if the state has them.
+        """
         model, started_s = self.state.model, time.monotonic()
         distributed.same_buffers(model)
         model.eval()
         self.evaluating = True  # for words, if it fails
         sums: dict[str, Tensor] = {}
-        with torch.inference_mode():
+        averaged = self.state.ema.applied(model) if self.state.ema else nullcontext()
+        with averaged, torch.inference_mode():
             for batch in (batch for step in steps for batch in step):
-                with self.autocast:
+                with self.eval_autocast:
                     output = model(batch.input)
                 for name, (numerator, denominator) in self.task.metrics(output, batch.target).items():
                     total = sums.setdefault(name, torch.zeros(2, dtype=self.interval.dtype, device=self.device))
                     if len(batch.indices):
                         total[0] += numerator
                         total[1] += denominator
-        model.train()
+        _train_mode(model)
         self.evaluating = False
         self.interval.elsewhere_s += time.monotonic() - started_s
         return {
@@ -248,6 +253,20 @@ class Interval:
             total = distributed.sum_over_ranks(self.total.clone()).item()
             self._mean = total / (self.global_batch_size * max(1, self.steps))
         return self._mean
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Train mode, but for modules with buffers in parts whose parameters are all frozen: frozen means nothing changes.
+
+    So a frozen batch norm normalises as in evaluation. Modules without buffers, such as dropout, train on.
+    """
+    model.train()
+    for part in model.modules():
+        parameters = [*part.parameters()]
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            for module in part.modules():
+                if any(True for _ in module.buffers(recurse=False)):
+                    module.eval()
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -1,5 +1,7 @@
-"""Checkpoints: what is saved (state), how it lies on disk (checkpointer)."""
+"""Checkpoints: saved beside the loop (checkpointer), found and loaded (archive), described in FORMAT.md."""
 
+from toolkit.checkpoint.archive import Archive
 from toolkit.checkpoint.checkpointer import Checkpointer
+from toolkit.checkpoint.retention import Policy
 
-__all__ = ["Checkpointer"]
+__all__ = ["Archive", "Checkpointer", "Policy"]

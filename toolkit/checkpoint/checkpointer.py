@@ -1,117 +1,242 @@
-"""Checkpoints under a URL. One exists when its manifest does: payload first, manifest last, every byte under a checksum
-(law 3).
+"""Saving beside the loop, and resuming. A checkpoint exists when its manifest does: payload first, manifest last, every
+byte under a checksum (law 3). FORMAT.md says what the files hold.
 
-    step-00000200/tensors.safetensors   model and optimizer tensors
-    step-00000200/state.json            step, scaler, plain optimizer values
-    step-00000200/manifest.json         size and XXH3-128 of both, written last
+    checkpointer = Checkpointer(Archive("s3://bucket/run/checkpoints"))
+    checkpointer.resume(state)              # the newest that is whole, or None
+    checkpointer.save(state)                # returns once the state is copied; the rest is written beside the loop
+    checkpointer.wait()                     # before leaving
+
+Every rank makes the same calls.
 """
 
-import json
-import re
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+import torch
 
-from toolkit import storage
-from toolkit.checkpoint.state import from_plain, to_plain
+import toolkit
+from toolkit import distributed, storage
+from toolkit.checkpoint import manifest as manifests
+from toolkit.checkpoint import retention, writer
+from toolkit.checkpoint.archive import Archive
+from toolkit.checkpoint.manifest import DamagedError, FileEntry, Manifest, Part, Values, checksum
+from toolkit.checkpoint.plan import shards_of
+from toolkit.checkpoint.state import to_plain, varying
+from toolkit.checkpoint.writer import Snapshot, Snapshots
+from toolkit.distributed import ALONE, Ranks
 from toolkit.errors import RunError
 
-FORMAT = 1
+Action = Callable[[], None]
+
+
+def _nothing() -> None:
+    pass
 
 
 class Checkpointer:
-    """Saves, finds and loads states.
+    """Saves and resumes states: objects with model, optimizer, scaler, step, best and, perhaps, ema.
 
-    `keep` newest stay, and the one with the best score (`mode` min or max), if any has one.
+    `attempt` is this writer's number among those of the run, so that no file has the name of another's; without one it
+    is one more than that of any checkpoint there is. `check_lock` raises RunError once a higher one has taken over.
+    `global_batch_size` is for the manifests, which count samples.
     """
 
-    def __init__(self, url: str, keep: int = 3, mode: str = "max") -> None:
-        self.url, self.keep, self.mode = url, keep, mode
+    def __init__(
+        self,
+        archive: Archive,
+        ranks: Ranks = ALONE,
+        attempt: int | None = None,
+        global_batch_size: int = 0,
+        check_lock: Action = _nothing,
+    ) -> None:
+        self.archive = archive
+        self.ranks, self.attempt, self.check_lock = ranks, attempt, check_lock
+        self.global_batch_size = global_batch_size
+        self.saves, self.failures = 0, 0
+        self.failure: str | None = None  # why the last save failed, if it did
+        self.saved_step: int | None = None  # the last that this rank has written, rank 0 with its manifest
+        self.took_s, self.stalled_s = 0.0, 0.0  # of the last save, and how long of it the loop stood still
+        self._scores: dict[int, float | None] | None = None
+        self._failed: list[int] = []  # steps of saves that failed
+        self._snapshots = Snapshots(ranks)
+        self._pool = ThreadPoolExecutor(1, "toolkit-save")
+        self._running: Future[Any] | None = None
 
-    def save(self, state: Any, score: float | None = None) -> str:
-        """Write the checkpoint of `state.step` and return its URL; older ones are thinned out once it is whole."""
-        tensors, values = to_plain(state)
-        files = {
-            "tensors.safetensors": save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}),
-            "state.json": json.dumps(values).encode(),
-        }
-        folder = self.folder(state.step)
-        storage.remove(storage.join(folder, "manifest.json"))
-        for name, content in files.items():
-            storage.write(storage.join(folder, name), content)
-        sums = {name: {"bytes": len(content), "xxh3_128": _checksum(content)} for name, content in files.items()}
-        manifest = {"format": FORMAT, "step": state.step, "score": score, "files": sums}
-        storage.write(storage.join(folder, "manifest.json"), json.dumps(manifest, indent=1).encode())
-        self._thin_out()
-        return folder
+    def resume(self, state: Any, say: Callable[[str], None] = print) -> int | None:
+        """Load the newest checkpoint that is whole, on every rank, and return its step; None if there is none.
 
-    def steps(self) -> list[int]:
-        """The steps of all whole checkpoints, oldest first."""
-        return [step for step in self._folders() if self.manifest(step) is not None]
-
-    def newest(self) -> int | None:
-        """The step of the newest whole checkpoint, or None."""
-        return next((step for step in reversed(self._folders()) if self.manifest(step) is not None), None)
-
-    def best(self) -> int | None:
-        """The step of the checkpoint with the best score, or None if none has one. Of equals the older one."""
-        scores = {
-            step: manifest["score"]
-            for step in self.steps()
-            if (manifest := self.manifest(step)) and manifest["score"] is not None
-        }
-        choose = max if self.mode == "max" else min
-        return choose(scores, key=lambda step: scores[step]) if scores else None
-
-    def load(self, step: int, state: Any) -> None:
-        """Fill `state` from a checkpoint, every byte checked. Raises RunError that names the file which is damaged."""
-        manifest = self.manifest(step)
-        if manifest is None:
-            raise RunError(f"there is no whole checkpoint of step {step} under {self.url}; there are {self.steps()}")
-        contents = {}
-        for name, expected in manifest["files"].items():
-            url = storage.join(self.folder(step), name)
-            contents[name] = storage.read(url)
-            if (found := _checksum(contents[name])) != expected["xxh3_128"]:
-                raise RunError(
-                    f"{url} is damaged: XXH3-128 {found}, expected {expected['xxh3_128']}; "
-                    f"remove {self.folder(step)} to take the one before"
-                )
-        try:
-            tensors, values = load(contents["tensors.safetensors"]), json.loads(contents["state.json"])
-        except (SafetensorError, ValueError) as error:
-            raise RunError(f"{self.folder(step)} cannot be read: {error}") from error
-        from_plain(state, tensors, values)
-
-    def manifest(self, step: int) -> dict[str, Any] | None:
-        """The manifest of a checkpoint whose files all have the right size, else None."""
-        folder = self.folder(step)
-        try:
-            manifest: dict[str, Any] = json.loads(storage.read(storage.join(folder, "manifest.json")))
-            whole = all(
-                storage.size(storage.join(folder, name)) == entry["bytes"] for name, entry in manifest["files"].items()
+        What killed saves have left is removed. One that is damaged is named through `say`, put aside under damaged/,
+        and the one before is taken. Raises RunError if none is left.
+        """
+        damage = ""
+        distributed.from_rank_0(self.archive.clean)
+        while True:
+            step, words = distributed.from_rank_0(lambda: self.archive.newest_or_aside(say))
+            damage = words or damage
+            if step is None:
+                break
+            found = distributed.first_of_ranks(self._tried(step, state))
+            if not found:
+                return int(step)
+            damage = found
+            distributed.from_rank_0(partial(self.archive.put_aside, step, found, say))
+        if aside := distributed.from_rank_0(self.archive.aside):
+            where = storage.shown(storage.join(self.archive.url, retention.DAMAGED))
+            raise RunError(
+                f"no checkpoint is left that is whole; {where} holds {', '.join(aside)}. {damage}\n"
+                f"to begin at step 0 again, use --fresh, or remove {where}"
             )
-        except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):  # absent, torn or of another shape
-            return None
-        return manifest if whole and manifest.get("format") == FORMAT else None
+        return None
 
-    def folder(self, step: int) -> str:
-        return storage.join(self.url, f"step-{step:08d}")
+    def prepare(self, state: Any) -> None:
+        """Make room for snapshots of this state beside the loop, so that the first save is as quick as the others."""
+        shards = shards_of(to_plain(state)[0], varying(state))
+        self.wait()
+        self._running = self._pool.submit(self._snapshots.prepare, shards)
 
-    def _folders(self) -> list[int]:
-        return [int(name[5:]) for name in storage.names(self.url) if re.fullmatch(r"step-\d{8,}", name)]
+    def save(self, state: Any, score: float | None = None, before_commit: Action = _nothing) -> None:
+        """Copy the state, then write it beside the loop; a save still in flight is waited for.
 
-    def _thin_out(self) -> None:
-        steps = self.steps()
-        kept = {*steps[-self.keep :], self.best()}
-        for step in steps:
-            if step not in kept:
-                # The manifest first: from then on the checkpoint does not exist, whatever is killed.
-                storage.remove(storage.join(self.folder(step), "manifest.json"))
-                storage.remove(self.folder(step))
+        A save that fails raises nothing: `failure` says why, older checkpoints are as they were. `before_commit` is
+        called on rank 0 when all is written but the manifest.
+        """
+        started_s = time.monotonic()
+        self.wait()
+        tensors, values = to_plain(state)
+        snapshot = self._snapshots.take(shards_of(tensors, varying(state)))
+        self.saves += 1
+        if self.attempt is None:
+            self.attempt = distributed.from_rank_0(self.archive.next_attempt)
+        serial = f"{self.attempt}.{self.saves}"
+        if self.ranks.leads:
+            self._running = self._pool.submit(self._save, values.step, self._write_whole, snapshot, serial, values,
+                                              score, before_commit)  # fmt: skip
+        elif self.ranks.rank in snapshot.plan.writers:
+            self._running = self._pool.submit(self._save, values.step, self._write_part, snapshot, serial)
+        self.stalled_s = time.monotonic() - started_s
 
+    def wait(self) -> None:
+        """Until nothing is in flight. Raises what no retry can mend, such as that another writer has taken over."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
 
-def _checksum(content: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(content)
+    @property
+    def saving(self) -> bool:
+        """Whether a save is in flight."""
+        return self._running is not None and not self._running.done()
+
+    def _tried(self, step: int, state: Any) -> str:
+        """Load on this rank. Returns what is damaged, or nothing."""
+        try:
+            self.archive.load(step, state)
+        except DamagedError as error:
+            return str(error)
+        return ""
+
+    def _save(self, step: int, write: Callable[..., None], *what: Any) -> None:
+        started_s = time.monotonic()
+        try:
+            write(self.archive.folder(step), *what)
+        except OSError as error:
+            self.failures += 1
+            self._failed.append(step)
+            self.failure = f"the checkpoint of step {step} could not be saved: {error}"
+        else:
+            self.failure, self.saved_step, self.took_s = None, step, time.monotonic() - started_s
+
+    def _write_part(self, folder: str, snapshot: Snapshot, serial: str) -> None:
+        url = storage.join(folder, writer.part_name(serial, self.ranks.rank))
+        try:
+            writer.check_space(folder, snapshot.plan.bytes)
+            part = writer.write_share(folder, serial, self.ranks.rank, snapshot)
+        except OSError as error:
+            with suppress(OSError), storage.patience(writer.CLEAN_UP_S):  # if not, rank 0 sees that nothing comes
+                storage.write(url, Part(error=str(error)).model_dump_json().encode())
+            raise
+        storage.write(url, part.model_dump_json().encode())
+
+    def _write_whole(
+        self, folder: str, snapshot: Snapshot, serial: str, values: Values, score: float | None, before_commit: Action
+    ) -> None:
+        """Rank 0's side: its share, everyone's parts, the manifest, and only then the end of what is too old."""
+        self._clean_failed()
+        writer.check_space(folder, max(snapshot.plan.bytes, snapshot.plan.replicated_bytes))
+        state_name, state = f"state-{serial}.json", values.model_dump_json().encode()
+        written = [state_name]
+        try:
+            parts = [writer.write_share(folder, serial, 0, snapshot)]
+            written += parts[0].files
+            storage.write(storage.join(folder, state_name), state)
+            for name, part in writer.other_parts(folder, serial, snapshot.plan.writers - {0}):
+                parts.append(part)
+                written += [name, *part.files]
+            files = {state_name: FileEntry(bytes=len(state), xxh3_128=checksum(state))}
+            manifest = self._manifest(values.step, score, state_name, writer.joined([*parts, Part(files=files)]))
+            writer.check_sizes(folder, manifest)
+            content = manifest.encoded()
+            if path := storage.local_path(self.archive.url):
+                storage.sync_folder(path)  # the name of the step's folder must be as safe as its files
+            before_commit()
+            self.check_lock()
+        except BaseException:
+            writer.clean_up(folder, written)
+            raise
+        self._commit(folder, manifest, content)  # if this fails, nobody knows yet whether it did: see _clean_failed
+        self._tidy(folder, manifest)
+
+    def _clean_failed(self) -> None:
+        """Remove what failed saves have left: files of other ranks, or those that the store would not let go. One
+        whose manifest did arrive, though the answer was lost, is a checkpoint like any other.
+        """
+        while self._failed:
+            retention.clean(self.archive.folder(self._failed[-1]), self._failed[-1])
+            self._failed.pop()
+            self._scores = None
+
+    def _manifest(self, step: int, score: float | None, state_name: str, whole: Part) -> Manifest:
+        versions = {"toolkit": toolkit.__version__, "torch": str(torch.__version__)}
+        return Manifest(
+            step=step,
+            samples=step * self.global_batch_size,
+            world_size=self.ranks.world_size,
+            attempt=self.attempt or 0,
+            score=score,
+            config_digest=self.archive.config_digest,
+            saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            versions=versions | {"python": platform.python_version()},
+            state=state_name,
+            files=whole.files,
+            tensors=whole.tensors,
+        )
+
+    def _commit(self, folder: str, manifest: Manifest, content: bytes) -> None:
+        """Publish, unless a later attempt has. Of two manifests for one step that of the higher attempt stays."""
+        url = storage.join(folder, manifests.NAME)
+        if storage.create(url, content):
+            return
+        try:
+            there = manifests.parse(storage.read(url))
+        except ValueError:
+            there = None
+        if there and there.attempt > manifest.attempt:
+            raise RunError(
+                f"{storage.shown(url)} is already that of attempt {there.attempt}; this is {manifest.attempt}"
+            )
+        storage.write(url, content)
+
+    def _tidy(self, folder: str, manifest: Manifest) -> None:
+        """After a commit: parts and a replaced manifest's files go, then the checkpoints that need not stay."""
+        with suppress(OSError):  # what cannot be removed now will be too old at the next save as well
+            if self._scores is None:
+                self._scores = self.archive.scores()
+            self._scores[manifest.step] = manifest.score
+            retention.remove_strays(folder, manifest)
+            for step in self.archive.policy.too_old(self._scores):
+                retention.remove(self.archive.folder(step))
+                del self._scores[step]

@@ -1,97 +1,151 @@
-"""The state of training <-> named tensors and plain values. Nothing here is ever pickled."""
+"""The state of training <-> named tensors and plain values. Nothing here is ever pickled.
 
+model/NAME            parameters and persistent buffers
+ema/NAME              averaged weights, if there are any
+optimizer/NAME/KEY    what the optimizer remembers of a parameter
+"""
+
+from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from toolkit.checkpoint.manifest import DTYPES, TensorEntry, Values
 from toolkit.errors import RunError
 
+REMEDY = "start the job that wrote it, take its weights with run.init_from, or start a new run with --fresh"
 
-def to_plain(state: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, values that are JSON) of a state with model, optimizer, scaler, step and best."""
-    tensors = {f"model/{name}": tensor for name, tensor in _model_tensors(state.model).items()}
-    values: dict[str, Any] = {
-        "step": state.step,
-        "best": state.best,
-        "scaler": state.scaler.state_dict(),
-        "optimizer": {},
-    }
-    for name, parameter in state.model.named_parameters():
+
+def to_plain(state: Any) -> tuple[dict[str, Tensor], Values]:
+    """(tensors by name, plain values) of a state with model, optimizer, scaler, ema, step and best."""
+    tensors = {f"model/{name}": tensor for name, tensor in model_tensors(state.model).items()}
+    tensors |= {f"ema/{name}": tensor for name, tensor in _averages(state).items()}
+    plain: dict[str, Any] = {}
+    trained = _trained(state)
+    for name, parameter in trained.items():
         for key, value in state.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
-            elif value is None or isinstance(value, bool | int | float | str):
-                values["optimizer"][f"{name}/{key}"] = value
+            elif value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
+                plain[f"{name}/{key}"] = value
             else:
+                what = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
                 raise RunError(
-                    f"optimizer state {key!r} of {name} is a {type(value).__name__}; "
-                    "only tensors and plain values can be saved"
+                    f"optimizer state {key!r} of {name} is {what}; only tensors and plain, finite values can be saved"
                 )
+    values = Values(
+        step=state.step,
+        best=state.best,
+        scaler=state.scaler.state_dict(),
+        trained=sorted(trained),
+        optimizer=plain,
+        tied=tied(state.model),
+    )
     return tensors, values
 
 
-def from_plain(state: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Put saved tensors and values into a state of the same structure.
+def varying(state: Any) -> set[str]:
+    """The names of tensors that ranks may have in different versions: buffers, such as running statistics."""
+    return {f"model/{name}" for name, _ in state.model.named_buffers(remove_duplicate=False)}
 
-    Raises RunError that lists what is missing or left over.
+
+def targets(state: Any, saved: Mapping[str, TensorEntry], values: Values) -> dict[str, Tensor]:
+    """The tensors that a checkpoint's are to be read into: the model's own, and new ones for the optimizer.
+
+    Raises RunError that lists on both sides what is missing, left over or of another shape or type.
     """
-    own = _model_tensors(state.model)
-    found = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
-    missing, extra = sorted(own.keys() - found), sorted(found.keys() - own)
-    shapes = [
-        f"{name}: saved {tuple(found[name].shape)}, model has {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & found)
-        if own[name].shape != found[name].shape
-    ]
-    if missing or extra or shapes:
-        raise RunError(
-            f"the checkpoint does not fit the model: missing {missing or 'none'}, left "
-            f"over {extra or 'none'}, other shapes {shapes or 'none'}; "
-            "start the job that wrote it, or a new run with --fresh"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
-    _restore_optimizer(state, tensors, values["optimizer"])
-    state.scaler.load_state_dict(values["scaler"])
-    state.step, state.best = values["step"], values["best"]
-
-
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; tied ones once, under their first name."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() == 0 or identity not in seen:
-            tensors[name] = tensor.detach()
-        seen.add(identity)
-    return tensors
-
-
-def _restore_optimizer(state: Any, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    parameters = dict(state.model.named_parameters())
+    own = {f"model/{name}": tensor for name, tensor in model_tensors(state.model).items()}
+    own |= {f"ema/{name}": tensor for name, tensor in _averages(state).items()}
+    trained = _trained(state)
     groups = {parameter: group for group in state.optimizer.param_groups for parameter in group["params"]}
-    saved: dict[str, Any] = {
+    for name, entry in saved.items():
+        parameter_name = name.removeprefix("optimizer/").rpartition("/")[0]
+        if name.startswith("optimizer/") and parameter_name in trained:
+            parameter = trained[parameter_name]
+            own[name] = _empty(entry, parameter, groups[parameter])
+    wrong = _differences(own, saved)
+    if strange := sorted(name for name in values.optimizer if name.rpartition("/")[0] not in trained):
+        wrong.append(f"optimizer values left over in it: {strange}")
+    before, now = set(values.trained), set(trained)
+    if before != now:
+        wrong.append(f"trained then but not now: {sorted(before - now) or 'none'}")
+        wrong.append(f"trained now but not then: {sorted(now - before) or 'none'}")
+    if values.scaler.keys() != (scaler := state.scaler.state_dict()).keys():
+        wrong.append(f"loss scaling then {sorted(values.scaler)}, now {sorted(scaler)}")
+    if wrong:
+        raise RunError("the checkpoint does not fit the job:\n  " + "\n  ".join(wrong) + f"\n{REMEDY}")
+    return own
+
+
+def restore(state: Any, tensors: Mapping[str, Tensor], values: Values) -> None:
+    """Give the state all that `targets` had no place for yet."""
+    trained = _trained(state)
+    remembered: dict[str, Any] = {
         name.removeprefix("optimizer/"): tensor for name, tensor in tensors.items() if name.startswith("optimizer/")
     }
-    for path, value in (saved | values).items():
+    state.optimizer.state.clear()
+    for path, value in (remembered | values.optimizer).items():
         name, _, key = path.rpartition("/")
-        if name not in parameters:
-            raise RunError(
-                f"the checkpoint has optimizer state for {name!r}, which the model lacks; start the job that wrote it"
-            )
-        parameter = parameters[name]
-        placed = _placed(value, parameter, groups[parameter]) if isinstance(value, Tensor) else value
-        state.optimizer.state[parameter][key] = placed
+        state.optimizer.state[trained[name]][key] = value
+    state.scaler.load_state_dict(dict(values.scaler))
+    state.step, state.best = values.step, values.best
 
 
-def _placed(value: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-    """A saved tensor where its optimizer wants it: moments laid out like their parameter, or a fused kernel would
-    misread them.
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; tied ones once, under their first name."""
+    found, ties = model.state_dict(keep_vars=True), tied(model)
+    own = {id(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    for name, tensor in found.items():
+        if id(tensor) not in own:  # what is made for the state_dict alone could be saved, but not given back
+            raise RunError(f"{name} in the model's state_dict is neither a parameter nor a buffer; it cannot be saved")
+    return {name: tensor.detach() for name, tensor in found.items() if name not in ties}
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Of tensors that are one under several names: later name -> first name."""
+    first: dict[int, str] = {}
+    ties = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if first.setdefault(id(tensor), name) != name:
+            ties[name] = first[id(tensor)]
+    return ties
+
+
+def _trained(state: Any) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer changes, by name."""
+    changed = {parameter for group in state.optimizer.param_groups for parameter in group["params"]}
+    return {name: parameter for name, parameter in state.model.named_parameters() if parameter in changed}
+
+
+def _averages(state: Any) -> dict[str, Tensor]:
+    return state.ema.tensors if getattr(state, "ema", None) else {}
+
+
+def _differences(own: Mapping[str, Tensor], saved: Mapping[str, TensorEntry]) -> list[str]:
+    wrong = []
+    missing, left_over = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+    if missing or left_over:
+        wrong += [f"missing in the checkpoint: {missing or 'none'}", f"left over in it: {left_over or 'none'}"]
+    for name in sorted(own.keys() & saved.keys()):
+        entry, tensor = saved[name], own[name]
+        if (tuple(tensor.shape), tensor.dtype) != (entry.shape, DTYPES[entry.dtype]):
+            there = f"{entry.shape} {entry.dtype}"
+            wrong.append(f"{name}: {there} in the checkpoint, {tuple(tensor.shape)} {_name(tensor.dtype)} in the job")
+    return wrong
+
+
+def _empty(entry: TensorEntry, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+    """A place for a tensor of the optimizer, where it wants it: moments laid out like their parameter, or a fused
+    kernel would misread them.
     """
-    if value.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    on_device = value.ndim > 0 or group.get("fused") or group.get("capturable")
-    return value.to(parameter.device) if on_device else value
+    dtype = DTYPES[entry.dtype]
+    if entry.shape == tuple(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    on_device = len(entry.shape) > 0 or group.get("fused") or group.get("capturable")
+    return torch.empty(entry.shape, dtype=dtype, device=parameter.device if on_device else "cpu")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

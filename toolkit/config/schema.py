@@ -59,6 +59,9 @@ class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run; default: the file's name")
     dir: str = Field(min_length=1, description="fsspec URL that holds everything of this run")
     seed: int = Field(0, ge=0, lt=2**63, description="the one seed: weights, order, dropout and augmentation follow")
+    init_from: str | None = Field(
+        None, min_length=1, description="URL of a run or checkpoint whose weights a new run starts from"
+    )
 
 
 class Data(Section):
@@ -86,6 +89,12 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda, else mps, else cpu")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest L2 norm of the whole gradient")
     compile: bool = Field(False, description="compile the model with torch.compile")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="share of the averaged weights that a step leaves as it is; they are evaluated"
+    )
+    freeze: tuple[str, ...] = Field(
+        (), strict=False, description="patterns of parameter names, such as layers.0.*, that are not trained"
+    )
     strategy: Literal["auto", "ddp"] = Field("auto", description="how several ranks hold the model; auto: ddp")
 
     @model_validator(mode="after")
@@ -99,6 +108,9 @@ class Eval(Section):
     every_epochs: Count | None = Field(None, description="epochs between evaluations of val; default 1")
     every_steps: Count | None = Field(None, description="steps between evaluations of val, instead of epochs")
     batch_size: Count | Auto = Field("auto", description="samples a rank evaluates at once; auto: as in training")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = Field(
+        None, description="precision of evaluations; if left out, as in training"
+    )
 
     @model_validator(mode="after")
     def _one_period(self) -> "Eval":
@@ -116,11 +128,17 @@ class Checkpoint(Section):
     every_steps: Count | None = Field(None, description="steps between checkpoints")
     every_min: float | None = Field(10, gt=0, description="minutes between checkpoints")
     keep: Count = Field(3, description="how many of the newest checkpoints stay")
+    keep_every: Count | None = Field(None, description="steps; checkpoints at its multiples stay for ever")
     best: Best | None = Field(None, description="also keep the best checkpoint by this metric")
+    on_error: Literal["continue", "stop"] = Field("continue", description="what a run does when a save has failed")
 
 
 class Log(Section):
     every_steps: Count = Field(20, description="steps between two lines of metrics")
+    samples: bool = Field(
+        False,
+        description="also record which samples each step took, in logs/samples-*.jsonl, one file a rank and attempt",
+    )
 
 
 class Launch(Section):

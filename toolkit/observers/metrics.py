@@ -20,9 +20,10 @@ class Metrics:
         steps_per_epoch: float,
         sinks: Sequence[Callable[[Line], None]],
         saved_every_steps: int | None = None,
+        counts: Callable[[], Line] = dict,
     ) -> None:
         self.every_steps, self.steps_per_epoch, self.sinks = every_steps, steps_per_epoch, sinks
-        self.saved_every_steps = saved_every_steps or every_steps
+        self.saved_every_steps, self.counts = saved_every_steps or every_steps, counts
 
     def start(self, trainer: Any) -> None:
         self.since_s = time.monotonic()
@@ -44,6 +45,7 @@ class Metrics:
             ),
             **({"train/grad_norm": interval.grad_norm.item()} if interval.grad_norm is not None else {}),
             **trainer.report,
+            **self.counts(),
         }
         for sink in self.sinks:
             sink(line)

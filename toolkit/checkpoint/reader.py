@@ -1,0 +1,107 @@
+"""Reading boxes of tensors out of a checkpoint: any box, whoever wrote it in whatever pieces; every byte checked."""
+
+import errno
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from threading import local
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from toolkit import storage
+from toolkit.checkpoint.boxes import Box, Shard, extents, intersection, shard_of, volume, within
+from toolkit.checkpoint.manifest import DTYPES, Chunk, DamagedError, Manifest, checksum
+
+READERS = 4
+
+
+class _Wanted(NamedTuple):
+    """A chunk of which some part is wanted."""
+
+    chunk: Chunk
+    dtype: torch.dtype
+    bytes: int
+    target: Shard
+    shared: Box
+
+
+def fill(folder: str, manifest: Manifest, targets: Mapping[str, Tensor]) -> None:
+    """Read into each tensor what the checkpoint holds under its name; of a DTensor, what its local part is.
+
+    A chunk's bytes are verified before any of them is used. Raises DamagedError that names the first file that is not
+    what the manifest says; the tensors are then part old, part new.
+    """
+    by_file: dict[str, list[_Wanted]] = {}
+    for name, tensor in targets.items():
+        entry, shard = manifest.tensors[name], shard_of(tensor)
+        for chunk in entry.chunks:
+            shared = intersection(chunk.box, shard.box)
+            if shared is not None:
+                size = volume(chunk.box) * entry.itemsize
+                by_file.setdefault(chunk.file, []).append(_Wanted(chunk, DTYPES[entry.dtype], size, shard, shared))
+    buffers = local()
+    with ThreadPoolExecutor(READERS, "toolkit-read") as pool:
+        done = [pool.submit(_read_file, storage.join(folder, name), by_file[name], buffers) for name in sorted(by_file)]
+        try:
+            for one in done:
+                one.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def verify(folder: str, manifest: Manifest) -> None:
+    """Read every byte of a checkpoint. Raises DamagedError that names the first file that is not as it was written."""
+    for name, entry in sorted(manifest.files.items()):
+        url = storage.join(folder, name)
+        found = checksum(content(url, entry.bytes))
+        if found != entry.xxh3_128:
+            raise DamagedError(f"{storage.shown(url)} is damaged: its XXH3-128 is {found}, expected {entry.xxh3_128}")
+
+
+def content(url: str, size: int) -> bytes:
+    """A whole file of a checkpoint, at most `size` bytes."""
+    try:
+        return storage.read(url, 0, size)
+    except OSError as error:
+        raise _damage(url, error) from error
+
+
+def _read_file(url: str, wanted: Iterable[_Wanted], buffers: local) -> None:
+    """Read one file from the first to the last of its wanted chunks, in one go, and hand out what is asked for."""
+    wanted = sorted(wanted, key=lambda one: one.chunk.offset)
+    start = wanted[0].chunk.offset
+    length = max(one.chunk.offset + one.bytes for one in wanted) - start
+    if getattr(buffers, "buffer", torch.empty(0)).numel() < length:
+        buffers.buffer = torch.empty(length, dtype=torch.uint8)
+    stretch = buffers.buffer[:length]
+    view = memoryview(stretch.numpy())
+    try:
+        came = storage.read_into(url, start, view)
+    except OSError as error:
+        raise _damage(url, error) from error
+    if came < length:
+        raise DamagedError(f"{storage.shown(url)} ends after {start + came} bytes; {start + length} are needed")
+    for chunk, dtype, size, target, shared in wanted:
+        at = chunk.offset - start
+        found = checksum(view[at : at + size])
+        if found != chunk.xxh3_128:
+            where = f"bytes {chunk.offset} to {chunk.offset + size}"
+            raise DamagedError(
+                f"{storage.shown(url)} is damaged: XXH3-128 of {where} is {found}, expected {chunk.xxh3_128}"
+            )
+        source = _typed(stretch[at : at + size], dtype).view(extents(chunk.box))[within(shared, chunk.box)]
+        target.local[within(shared, target.box)].copy_(source)
+
+
+def _typed(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    aligned = flat.storage_offset() % dtype.itemsize == 0
+    return (flat if aligned else flat.clone()).view(dtype)
+
+
+def _damage(url: str, error: OSError) -> OSError | DamagedError:
+    """A file that is gone, or a bad sector, is damage; a store that does not answer is not."""
+    if isinstance(error, FileNotFoundError | IsADirectoryError) or error.errno == errno.EIO:
+        return DamagedError(f"{storage.shown(url)} cannot be read: {error}")
+    return error
