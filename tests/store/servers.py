@@ -233,9 +233,9 @@ class FaultProxy:
     """Stands before a server and breaks what passes. `fault(kind, amount)` says how, from now on:
 
     pass; hang (takes connections and bytes, answers nothing); reset (every connection, old and new); refuse (none is
-    taken); slow, AMOUNT bytes a second; cut, AMOUNT bytes of requests from now, then one reset; bodiless, the
-    next AMOUNT PUTs end before their body; deaf, the next AMOUNT PUTs are done, but their answers lost; 503, the next AMOUNT
-    requests; 403, every request: credentials revoked.
+    taken); slow, AMOUNT bytes a second; cut, AMOUNT bytes of requests from now, then one reset; 503, the next AMOUNT
+    requests; 403, every request: credentials have been revoked; bodiless, the next AMOUNT PUTs end before their body;
+    deaf, the next AMOUNT PUTs are done, but their answers lost.
 
     `requests` are the methods and paths that came, those that were broken, too.
     """

@@ -1,0 +1,410 @@
+"""How a run lasts, through the real command: one writer, one job, where it begins, and what becomes of failed saves."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.campaigns import starts
+from tests.campaigns.starts import Forked
+from tests.dist.conftest import Stage
+
+pytestmark = pytest.mark.timeout(120)
+
+TRAIN = ["train", "digits.yaml", "schedule.name=held:cosine", "log.every_steps=1"]
+NOT_OF_THE_JOB = {"train/samples_per_s", "checkpoint/failures"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forkserver() -> None:
+    starts.warm()
+
+
+@pytest.fixture
+def stage(workplace: Any) -> Iterator[Stage]:
+    """A workplace whose commands start quickly and can be held before a step."""
+    stage = Stage(Forked(workplace.folder))
+    yield stage
+    left = stage.alive()
+    for process in left:
+        process.kill()
+    assert not left, f"processes left behind: {left}"
+
+
+def saved(stage: Stage, run: str) -> list[int]:
+    """The steps of all checkpoints that have a manifest."""
+    return sorted(int(path.parent.name[5:]) for path in (stage.folder / run).glob("checkpoints/*/manifest.json"))
+
+
+def lines(stage: Stage, run: str) -> list[dict[str, Any]]:
+    """The run's metrics as far as they are a function of the job."""
+    found = stage.place.metrics(run)
+    return [{key: value for key, value in line.items() if key not in NOT_OF_THE_JOB} for line in found]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# One writer.
+
+
+def test_a_second_start_is_refused_with_host_pid_and_age_and_writes_nothing(stage: Stage) -> None:
+    words = [*TRAIN, "run.dir=runs/x"]
+    first = stage.hold(*words, before=12, ranks=[0])
+    stage.wait_for(lambda: saved(stage, "runs/x") == [10], "checkpoint")
+    changing = ("/lock/", "/status.json", "/.tmp-")
+
+    def steady() -> dict[str, bytes]:
+        found = contents(stage.folder / "runs")
+        return {path: content for path, content in found.items() if not any(name in path for name in changing)}
+
+    before, started_s = steady(), time.monotonic()
+    message = stage.run(*words, status=2)
+    assert time.monotonic() - started_s < 15
+    host = os.uname().nodename
+    assert f"runs/x is held by attempt 1 on host {host} (pid {first.pid}), heartbeat " in message
+    assert "s ago" in message
+    assert "--fresh" in message
+    assert "Traceback" not in message
+    assert steady() == before
+    assert os.listdir(stage.folder / "runs") == ["x"]
+    stage.release()
+    stage.end(first, 0)
+
+
+def hold_commit(after_check: bool) -> None:
+    """The first commit waits for the file `go`: before it asks for the lock, or after."""
+    from toolkit.checkpoint import writer
+    from toolkit.checkpoint.checkpointer import Checkpointer
+
+    owner, name = (Checkpointer, "_commit") if after_check else (writer, "check_sizes")
+    original = getattr(owner, name)
+
+    def held(*what: Any) -> None:
+        setattr(owner, name, original)
+        Path("committing").touch()
+        while not Path("go").exists():
+            time.sleep(0.01)
+        original(*what)
+
+    setattr(owner, name, held)
+
+
+@pytest.mark.parametrize("after_check", [False, True], ids=["before-the-check", "after-the-check"])
+def test_a_suspended_writer_that_was_taken_over_commits_nothing_and_ends_with_words(
+    stage: Stage, after_check: bool
+) -> None:
+    words = [*TRAIN, "checkpoint.keep=9", "run.dir=runs/x"]
+    stage.run(*words[:-1], "run.dir=runs/whole")
+    stage.place.prepare = (hold_commit, (after_check,))
+    old = stage.start(*words, SLURM_JOB_ID="7")
+    stage.wait_for((stage.folder / "committing").exists, "save", old)
+    old.send_signal(signal.SIGSTOP)
+
+    stage.place.prepare = None
+    said = stage.run(*words, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    assert "starting" in said, "no checkpoint was whole"
+    before = contents(stage.folder / "runs/x")
+    old.send_signal(signal.SIGCONT)
+    (stage.folder / "go").touch()
+    _, err = stage.end(old, 1)
+
+    assert "attempt 2" in err
+    assert "Traceback" not in err
+    assert contents(stage.folder / "runs/x") == before
+    assert stage.place.status("runs/x")["state"] == "completed"
+    assert saved(stage, "runs/x") == [10, 20, 30, 40]
+    assert os.listdir(stage.folder / "runs/x/lock") == ["attempt-0002.json"]
+    assert same(stage.place.tensors("runs/x", 40), stage.place.tensors("runs/whole", 40))
+
+
+def test_ranks_that_were_taken_over_leave_the_run_to_the_other(stage: Stage) -> None:
+    words = [*TRAIN, "run.dir=runs/x"]
+    old = stage.hold(*words, "--processes=2", before=12, ranks=[0, 1], SLURM_JOB_ID="7")
+    stage.wait_for(lambda: saved(stage, "runs/x") == [10], "checkpoint")
+    everyone = stage.alive()
+    for process in everyone:
+        process.suspend()
+    stage.release()
+    said = stage.run(*words, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    assert "resuming at step 10" in said, "on another number of ranks"
+    before = contents(stage.folder / "runs/x")
+    for process in everyone:
+        process.resume()
+    _, err = stage.end(old, 1)
+    assert "attempt 2" in err
+    # Parts of its save may lie about, for its supervisor ends the ranks at once; a checkpoint they are not.
+    after = contents(stage.folder / "runs/x").items()
+    assert {path: content for path, content in after if "-1.2." not in Path(path).name} == before
+
+
+# One job.
+
+
+def test_what_may_change_from_start_to_start_does(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=20", "run.dir=runs/x")
+    said = stage.run(
+        *TRAIN, "run.dir=runs/x", "train.max_steps=44", "train.epochs=1000", "log.every_steps=6", "data.workers=1",
+        "train.micro_batch_size=7", "eval={every_steps: 8, batch_size: 50, precision: bf16}",
+        "checkpoint={every_steps: 6, every_min: null, keep: 2, keep_every: 12, on_error: stop, "
+        "best: {metric: val/accuracy, mode: max}}",
+    )  # fmt: skip
+    assert "resuming at step 20" in said
+    assert {24, 36, 42, 44} <= set(saved(stage, "runs/x"))
+    assert {line["step"] for line in stage.place.metrics("runs/x") if line["step"] > 20} == {24, 30, 32, 36, 40, 42, 44}
+    assert stage.place.status("runs/x")["attempt"] == 2
+
+
+def test_what_may_not_change_is_listed_old_beside_new_with_the_ways_out(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=5", "run.dir=runs/x")
+    message = stage.place.refused(
+        *TRAIN, "run.dir=runs/x", "model.args.hidden=[16]", "optimizer.args.lr=0.1", "run.seed=3", "train.max_steps=9"
+    )
+    assert "model.args.hidden: [32] -> [16]\n" in message
+    assert "optimizer.args.lr: 0.003 -> 0.1\n" in message
+    assert "run.seed: 0 -> 3\n" in message
+    assert "max_steps" not in message
+    for remedy in ("toolkit fork runs/x --at STEP", "run.init_from=runs/x", "--fresh", "old values back"):
+        assert remedy in message
+
+
+def test_precision_auto_that_means_something_else_here_is_listed(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=5", "run.dir=runs/x")
+    path = stage.folder / "runs/x/provenance.json"
+    provenance = json.loads(path.read_text())
+    assert provenance["resolved"] == {"train.precision": "fp32"}
+    path.write_text(json.dumps(provenance | {"resolved": {"train.precision": "bf16"}}))  # made on a machine with a GPU
+    message = stage.place.refused(*TRAIN, "train.max_steps=9", "run.dir=runs/x")
+    assert "train.precision: 'bf16' -> 'fp32' (what auto means on this machine)" in message
+
+
+def test_a_checkpoint_of_another_job_is_refused(stage: Stage) -> None:
+    for name, seed in (("x", 0), ("y", 1)):
+        stage.run(*TRAIN, "train.max_steps=10", f"run.seed={seed}", f"run.dir=runs/{name}")
+    shutil.rmtree(stage.folder / "runs/x/checkpoints")
+    shutil.copytree(stage.folder / "runs/y/checkpoints", stage.folder / "runs/x/checkpoints")
+    message = stage.run(*TRAIN, "train.max_steps=20", "run.dir=runs/x", status=1)
+    assert "step-00000010 was written by another job" in message
+    assert "--fresh" in message
+    assert saved(stage, "runs/x") == [10], "and it is left as it is"
+
+
+# Where a run begins.
+
+
+@pytest.mark.parametrize("source", ["runs/old", "runs/old/checkpoints/step-00000010"], ids=["run", "step"])
+def test_a_run_begins_with_the_weights_of_another_and_saves_them_at_once(stage: Stage, source: str) -> None:
+    stage.run(*TRAIN, "train.max_steps=20", "run.dir=runs/old")
+    said = stage.run(
+        *TRAIN, "train.max_steps=5", "run.seed=7", "checkpoint.keep=9", "run.dir=runs/new", f"run.init_from={source}"
+    )
+    step = 10 if "step" in source else 20
+    assert f"step-{step:08d}: 4 tensors taken" in said
+    assert saved(stage, "runs/new") == [0, 5]
+    old, new = stage.place.tensors("runs/old", step), stage.place.tensors("runs/new", 0)
+    assert new.keys() == {name for name in old if name.startswith("model/")}, "and nothing of the optimizer"
+    assert all(torch.equal(old[name], new[name]) for name in new)
+    assert stage.place.metrics("runs/new")[0]["step"] == 1
+
+
+def test_averaged_weights_are_what_another_run_begins_with(stage: Stage) -> None:
+    averaged = [*TRAIN, "train.ema_decay=0.9"]
+    stage.run(*averaged, "train.max_steps=20", "run.dir=runs/old")
+    stage.run(*averaged, "train.max_steps=5", "checkpoint.keep=9", "run.dir=runs/new", "run.init_from=runs/old")
+    old, new = stage.place.tensors("runs/old", 20), stage.place.tensors("runs/new", 0)
+    for name in [name.removeprefix("model/") for name in new if name.startswith("model/")]:
+        assert torch.equal(new[f"model/{name}"], old[f"ema/{name}"])
+        assert torch.equal(new[f"ema/{name}"], old[f"ema/{name}"]), "the new average begins there"
+        assert not torch.equal(new[f"model/{name}"], old[f"model/{name}"])
+
+
+def test_a_run_that_began_elsewhere_never_needs_the_other_again(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=20", "run.dir=runs/old")
+    words = [*TRAIN, "run.init_from=runs/old"]
+    stage.run(*words, "run.dir=runs/whole")
+    killed = stage.hold(*words, "run.dir=runs/killed", before=4, ranks=[0])  # the first periodic save comes at 10
+    stage.kill_whole(killed)
+    assert saved(stage, "runs/killed") == [0]
+    shutil.rmtree(stage.folder / "runs/old")
+    stage.run(*words, "run.dir=runs/killed")
+    assert same(stage.place.tensors("runs/killed", 40), stage.place.tensors("runs/whole", 40))
+    assert lines(stage, "runs/killed") == lines(stage, "runs/whole")
+
+
+def test_what_fits_is_taken_and_the_rest_is_named(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=5", "model.args.hidden=[32,16]", "run.dir=runs/old")
+    said = stage.run(*TRAIN, "train.max_steps=5", "run.dir=runs/new", "run.init_from=runs/old")
+    assert "2 tensors taken" in said
+    assert "of another shape: " in said
+    assert "(10, 32) here" in said
+    assert "not used: " in said
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("runs/old", "nothing fits the model"), ("runs/gone", "runs/gone has no whole checkpoint"), ("http://[", "")],
+)
+def test_weights_that_are_not_there_or_do_not_fit_are_refused_with_nothing_written(
+    stage: Stage, source: str, words: str
+) -> None:
+    stage.run("train", "digits.yaml", "train.max_steps=5", "model={name: cnn, args: {width: 8}}", "run.dir=runs/old")
+    message = stage.place.refused(*TRAIN, "run.dir=runs/new", f"run.init_from={source}")
+    assert words in message
+    assert "init_from" in message or not words
+
+
+def test_frozen_weights_stay_as_they_were_through_a_kill(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=10", "run.dir=runs/old")
+    words = [*TRAIN, "run.init_from=runs/old", "train.freeze=['layers.1.*']", "checkpoint.keep=9"]
+    killed = stage.hold(*words, "run.dir=runs/x", before=13, ranks=[0])
+    stage.wait_for(lambda: 10 in saved(stage, "runs/x"), "checkpoint")
+    stage.kill_whole(killed)
+    assert "resuming at step 10" in stage.run(*words, "run.dir=runs/x")
+    begin, end = stage.place.tensors("runs/x", 0), stage.place.tensors("runs/x", 40)
+    frozen = {name for name in begin if "layers.1." in name}
+    assert len(frozen) == 2
+    assert {name for name in begin if torch.equal(begin[name], end[name])} == frozen
+    assert not [name for name in end if name.startswith("optimizer/layers.1.")]
+
+
+def test_what_is_frozen_is_not_unfrozen_by_a_resume(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=5", "train.freeze=['layers.1.*']", "run.dir=runs/x")
+    assert "train.freeze: ['layers.1.*'] -> []" in stage.place.refused(*TRAIN, "run.dir=runs/x")
+
+
+def test_every_so_many_steps_a_checkpoint_stays_for_ever(stage: Stage) -> None:
+    stage.run(*TRAIN, "checkpoint={every_steps: 4, keep: 2, keep_every: 12}", "run.dir=runs/x")
+    assert saved(stage, "runs/x") == [12, 24, 36, 40]
+
+
+# Saves that fail.
+
+
+def break_saves(what: str) -> None:
+    """While the file `broken` exists, nothing with such a name can be written. Status is told at once."""
+    from toolkit import lock, storage
+    from toolkit.checkpoint import Checkpointer
+    from toolkit.observers.heartbeat import Heartbeat
+
+    Heartbeat.PERIOD_S, lock.BEAT_S = 0.0, 0.2
+    write, create, save = storage.write, storage.create, Checkpointer._save
+
+    def saved(self: Any, *args: Any) -> None:
+        save(self, *args)
+        if self.failure:
+            Path("has-failed").touch()
+
+    def check(url: str) -> None:
+        if what in url and Path("broken").exists():
+            raise OSError(28, "No space left on device", url)
+
+    def broken_write(url: str, *args: Any, **options: Any) -> None:
+        check(url)
+        write(url, *args, **options)
+
+    def broken_create(url: str, content: bytes) -> bool:
+        check(url)
+        return create(url, content)
+
+    storage.write, storage.create, Checkpointer._save = broken_write, broken_create, saved
+
+
+@pytest.mark.parametrize("what", ["data-", "state-", "manifest.json"])
+def test_a_save_that_fails_is_loud_and_counted_and_the_next_one_works(stage: Stage, what: str) -> None:
+    words = [*TRAIN, "run.dir=runs/x"]
+    stage.run(*words[:-1], "run.dir=runs/whole")
+    stage.place.prepare = (break_saves, (what,))
+    training = stage.hold(*words, before=12, ranks=[0])
+    stage.wait_for(lambda: saved(stage, "runs/x") == [10], "checkpoint")
+    good = contents(stage.folder / "runs/x/checkpoints")
+    (stage.folder / "broken").touch()
+    (stage.folder / "hold-21-0").touch()
+    (stage.folder / "hold-24-0").touch()
+    (stage.folder / "hold-12-0").unlink()
+    stage.wait_for((stage.folder / "has-failed").exists, "failed save", training)
+    (stage.folder / "hold-21-0").unlink()
+    stage.wait_for((stage.folder / "held-24-0").exists, "step 24", training)
+
+    out, err = training.said()
+    assert "WARNING: the checkpoint of step 20 could not be saved: " in out + err
+    assert "No space left on device" in out + err
+    assert "older ones are as they were" in out + err
+    assert contents(stage.folder / "runs/x/checkpoints").items() >= good.items()
+    counts = [(line["step"], line.get("checkpoint/failures", 0)) for line in stage.place.metrics("runs/x")]
+    assert counts[:20] == [(step, 0) for step in range(1, 21)]
+    assert counts[22:] == [(23, 1), (24, 1)]
+    told = stage.wait_for(lambda: stage.place.status("runs/x")["checkpoint"]["failures"], "heartbeat", training)
+    assert told == 1
+    assert "step 20 could not be saved" in stage.place.status("runs/x")["checkpoint"]["failure"]
+
+    (stage.folder / "broken").unlink()
+    stage.release()
+    out, _ = stage.end(training, 0)
+    assert out.count("WARNING") == 1
+    assert saved(stage, "runs/x") == [10, 30, 40]
+    assert len(os.listdir(stage.folder / "runs/x/checkpoints")) == 3, "nothing is left of the one that failed"
+    status = stage.place.status("runs/x")
+    assert (status["state"], status["checkpoint"]["failures"], status["checkpoint"]["failure"]) == (
+        "completed",
+        1,
+        None,
+    )
+    assert same(stage.place.tensors("runs/x", 40), stage.place.tensors("runs/whole", 40))
+    assert lines(stage, "runs/x") == lines(stage, "runs/whole")
+
+
+@pytest.mark.parametrize("mended", [False, True], ids=["broken-for-good", "mended-at-once"])
+def test_a_job_may_stop_at_the_first_save_that_fails(stage: Stage, mended: bool) -> None:
+    words = [*TRAIN, "checkpoint.on_error=stop", "train.max_steps=400", "run.dir=runs/x"]
+    stage.place.prepare = (break_saves, ("data-",))
+    training = stage.hold(*words, before=12, ranks=[0])
+    stage.wait_for(lambda: saved(stage, "runs/x") == [10], "checkpoint")
+    (stage.folder / "broken").touch()
+    if mended:
+        (stage.folder / "hold-20-0").touch()
+    (stage.folder / "hold-12-0").unlink()
+    if mended:
+        stage.wait_for((stage.folder / "has-failed").exists, "failed save", training)
+        (stage.folder / "broken").unlink()
+        stage.release()
+    _, err = stage.end(training, 1)
+    assert "could not be saved" in err
+    assert "Traceback" not in err
+    status = stage.place.status("runs/x")
+    assert (status["state"], status["exit"]) == ("failed", 1)
+    assert status["step"] < 400
+    (stage.folder / "broken").unlink(missing_ok=True)
+    stage.run(*words)
+    assert saved(stage, "runs/x")[-1] == 400
+
+
+def test_a_run_whose_last_save_fails_has_failed_and_goes_on_from_the_one_before(stage: Stage) -> None:
+    words = [*TRAIN, "run.dir=runs/x"]
+    stage.place.prepare = (break_saves, ("data-",))
+    training = stage.hold(*words, before=36, ranks=[0])
+    stage.wait_for(lambda: 30 in saved(stage, "runs/x"), "checkpoint")
+    (stage.folder / "broken").touch()
+    stage.release()
+    _, err = stage.end(training, 1)
+    assert "the checkpoint of step 40 could not be saved" in err
+    assert "the newest checkpoint is that of step 30" in err
+    assert "the same command goes on" in err
+    status = stage.place.status("runs/x")
+    assert (status["state"], status["exit"]) == ("failed", 1)
+    assert "step 40 could not be saved" in status["reason"]
+
+    (stage.folder / "broken").unlink()
+    assert "resuming at step 30" in stage.run(*words)
+    assert stage.place.status("runs/x")["state"] == "completed"
