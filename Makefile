@@ -5,7 +5,7 @@ BIN    := .venv/bin
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-local test check bench clean
+.PHONY: help setup train-local test test-kill check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,14 +27,19 @@ train-local: setup ## train on this machine: JOB=jobs/digits_mlp.yaml
 test: setup ## run every test this machine can run
 	@$(BIN)/pytest
 
+test-kill: setup ## kill training 250 times, half of them in a save, on disk and on S3; minutes
+	@$(BIN)/python tests/campaigns/kill.py --store local --rounds 200
+	@$(BIN)/python tests/campaigns/kill.py --store s3 --rounds 50
+
 check: setup ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## measure the stream and the steps, beside others
+bench: setup ## measure the stream, the steps and the checkpoints, beside others
 	@$(BIN)/python tests/benchmarks/stream.py
 	@$(BIN)/python tests/benchmarks/steps.py
+	@$(BIN)/python tests/benchmarks/checkpoints.py
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -70,8 +70,8 @@ class Checkpointer:
     def resume(self, state: Any, say: Callable[[str], None] = print) -> int | None:
         """Load the newest checkpoint that is whole, on every rank, and return its step; None if there is none.
 
-        What killed saves have left is removed. One that is damaged is named through `say`, put aside under damaged/,
-        and the one before is taken. Raises RunError if none is left.
+        What killed saves have left is removed, and what is too old. One that is damaged is named through `say`, put
+        aside under damaged/, and the one before is taken. Raises RunError if none is left.
         """
         damage = ""
         distributed.from_rank_0(self.archive.clean)
@@ -82,6 +82,9 @@ class Checkpointer:
                 break
             found = distributed.first_of_ranks(self._tried(step, state))
             if not found:
+                if self.ranks.leads:
+                    with suppress(OSError):  # a kill may have come between a commit and what it made too old
+                        self.archive.prune()
                 return int(step)
             damage = found
             distributed.from_rank_0(partial(self.archive.put_aside, step, found, say))

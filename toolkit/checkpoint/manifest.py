@@ -2,6 +2,7 @@
 
 import os
 import re
+from math import prod
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -48,6 +49,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Bytes = Annotated[int, Field(ge=0, le=1 << 62)]
 Side = Annotated[tuple[int, int], Field(strict=False)]
 Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Name = Annotated[str, Field(max_length=1000)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 # Names that we give, and no other: none can lead out of the folder.
 FileName = Annotated[str, Field(pattern=r"^(data|state)-[0-9]+(\.[0-9]+){1,3}\.(bin|json)$", max_length=100)]
@@ -94,7 +96,7 @@ class Chunk(_Model):
 class TensorEntry(_Model):
     """A tensor: the boxes of its chunks hold every element exactly once."""
 
-    dtype: str
+    dtype: Name
     shape: Annotated[tuple[Bytes, ...], _OF_DIMS]
     chunks: Annotated[tuple[Chunk, ...], Field(strict=False, fail_fast=True)]
 
@@ -113,7 +115,7 @@ class Part(_Model):
     """What one rank has written; rank 0 makes the manifest of all parts."""
 
     files: dict[FileName, Annotated[FileEntry, _AtOnce]] = {}
-    tensors: dict[str, Annotated[TensorEntry, _AtOnce]] = {}
+    tensors: dict[Name, Annotated[TensorEntry, _AtOnce]] = {}
     error: str | None = None
 
 
@@ -128,10 +130,10 @@ class Manifest(_Model):
     score: float | None
     config_digest: str
     saved_at: str
-    versions: Annotated[dict[str, str], Field(max_length=100)]
+    versions: dict[Name, Annotated[str, _AtOnce]]
     state: FileName
     files: dict[FileName, Annotated[FileEntry, _AtOnce]]
-    tensors: dict[str, Annotated[TensorEntry, _AtOnce]]
+    tensors: dict[Name, Annotated[TensorEntry, _AtOnce]]
 
     def encoded(self) -> bytes:
         """The content of the file: its first line is the checksum of the rest. Raises OSError if it is too large."""
@@ -147,9 +149,11 @@ class Manifest(_Model):
             return f"{self.state} is not among its files"
         stretches = {name: list[tuple[int, int]]() for name in self.files if name != self.state}
         for name, tensor in self.tensors.items():
-            shown = repr(name[:200])
+            shown = repr(name)
+            if prod(max(1, size) for size in tensor.shape) > 1 << 60:
+                return f"tensor {shown} has the impossible shape {tensor.shape}"
             if tensor.dtype not in DTYPES:
-                return f"tensor {shown} has the unknown type {tensor.dtype[:200]!r}"
+                return f"tensor {shown} has the unknown type {tensor.dtype!r}"
             if not cover(tensor.shape, [chunk.box for chunk in tensor.chunks]):
                 return f"the chunks of tensor {shown} do not make up its shape {tensor.shape}"
             for chunk in tensor.chunks:
@@ -168,10 +172,10 @@ class Values(_Model):
 
     step: Bytes
     best: float | None
-    scaler: Annotated[dict[str, float | int], Field(max_length=100)]
-    trained: Annotated[list[str], Field(fail_fast=True)]
-    optimizer: dict[str, Annotated[bool | int | float | str | None, _AtOnce]]
-    tied: dict[str, Annotated[str, _AtOnce]]
+    scaler: dict[Name, Annotated[float | int, _AtOnce]]
+    trained: Annotated[list[Name], Field(fail_fast=True)]
+    optimizer: dict[Name, Annotated[bool | int | float | str | None, _AtOnce]]
+    tied: dict[Name, Annotated[Name, _AtOnce]]
 
 
 Model = TypeVar("Model", bound=_Model)
