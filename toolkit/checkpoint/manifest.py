@@ -100,6 +100,16 @@ class TensorEntry(_Model):
     shape: Annotated[tuple[Bytes, ...], _OF_DIMS]
     chunks: Annotated[tuple[Chunk, ...], Field(strict=False, fail_fast=True)]
 
+    def problem(self) -> str:
+        """What is impossible about it, or nothing."""
+        if prod(max(1, size) for size in self.shape) > 1 << 60:
+            return f"has the impossible shape {self.shape}"
+        if self.dtype not in DTYPES:
+            return f"has the unknown type {self.dtype!r}"
+        if not cover(self.shape, [chunk.box for chunk in self.chunks]):
+            return f"has chunks that do not make up its shape {self.shape}"
+        return ""
+
     @property
     def itemsize(self) -> int:
         size: int = DTYPES[self.dtype].itemsize
@@ -147,18 +157,18 @@ class Manifest(_Model):
         """What is impossible about it, or nothing."""
         if self.state not in self.files:
             return f"{self.state} is not among its files"
+        for name, tensor in self.tensors.items():
+            if wrong := tensor.problem():
+                return f"tensor {name!r} {wrong}"
+        return self._problem_of_files()
+
+    def _problem_of_files(self) -> str:
+        """The chunks must make up every byte of the files of data, each once."""
         stretches = {name: list[tuple[int, int]]() for name in self.files if name != self.state}
         for name, tensor in self.tensors.items():
-            shown = repr(name)
-            if prod(max(1, size) for size in tensor.shape) > 1 << 60:
-                return f"tensor {shown} has the impossible shape {tensor.shape}"
-            if tensor.dtype not in DTYPES:
-                return f"tensor {shown} has the unknown type {tensor.dtype!r}"
-            if not cover(tensor.shape, [chunk.box for chunk in tensor.chunks]):
-                return f"the chunks of tensor {shown} do not make up its shape {tensor.shape}"
             for chunk in tensor.chunks:
                 if chunk.file not in stretches:
-                    return f"a chunk of tensor {shown} lies in {chunk.file}, which is not among its files of data"
+                    return f"a chunk of tensor {name!r} lies in {chunk.file}, which is not among its files of data"
                 stretches[chunk.file].append((chunk.offset, chunk.offset + volume(chunk.box) * tensor.itemsize))
         for name, found in stretches.items():
             stops = [0, *(stop for _, stop in sorted(found))]
