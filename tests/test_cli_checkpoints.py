@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.campaigns import starts
-from tests.campaigns.starts import Forked, Started
+from tests.campaigns.starts import Forked, ForkedAgain, Started
 from tests.dist.conftest import Stage
 from toolkit.checkpoint import Archive
 
@@ -136,6 +138,12 @@ def test_verify_finds_a_flipped_bit_in_any_file(stage: Stage, name: str) -> None
     (line,) = checkpoints(stage, "runs/x", "verify", status=1)
     assert line.startswith("step 10: DAMAGED: ")
     assert path.name in line
+
+
+def test_debug_shows_where_an_error_came_from(stage: Stage) -> None:
+    said = stage.run("checkpoints", "jobs", "--debug", status=2)
+    assert "Traceback" in said
+    assert "JobError: jobs is no run" in said
 
 
 # prune
@@ -340,7 +348,7 @@ class Data(Digits):
 
 PROVE = [
     "verify-resume", "jobs/digits_cnn.yaml", "train.epochs=null", "train.max_steps=24", "checkpoint.every_steps=5",
-    "log.every_steps=3", "model.args.width=4", "eval.every_epochs=null", "eval.every_steps=10", "--kills=2",
+    "log.every_steps=3", "model.args.width=4", "eval.every_epochs=null", "eval.every_steps=10",
 ]  # fmt: skip
 
 FORGETFUL = """
@@ -357,21 +365,28 @@ class Forgetful(Cnn):
 
 
 def test_verify_resume_proves_that_kills_change_nothing(stage: Stage) -> None:
-    said = stage.run(*PROVE, timeout_s=200, COLUMNS="200")
+    said = stage.run(*PROVE, "--kills=1", timeout_s=200, COLUMNS="200")
     rows = [re.sub(r"[│┃\s]+", " ", line).strip() for line in said.splitlines() if "│" in line]
     assert len(rows) == 2
-    assert re.fullmatch(r"killed, 1 rank 2 [01] equal equal, bit for bit equal", rows[0])
+    assert re.fullmatch(r"killed, 1 rank 1 0 equal equal, bit for bit equal", rows[0])
     weights = r"(equal, bit for bit|differ by .*e-\d+ of their norm)"
-    assert re.fullmatch(rf"killed, 1 and 2 ranks 2 [01] equal {weights} (equal|of the same steps)", rows[1])
+    assert re.fullmatch(rf"killed, 1 and 2 ranks 1 0 equal {weights} (equal|of the same steps)", rows[1])
     assert "nothing differs that must not" in said
     assert not (stage.folder / "runs").exists(), "and leaves nothing"
 
 
+def start_by_forking() -> None:
+    from toolkit import proof
+
+    proof.subprocess = SimpleNamespace(Popen=ForkedAgain, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+
+
 def test_verify_resume_finds_a_model_that_does_not_resume(stage: Stage) -> None:
     stage.place.write("mine.py", FORGETFUL)
-    said = stage.run(*PROVE, "model.name=mine:Forgetful", "--other=1", "--kills=1", "--in", "kept", status=1,
+    stage.place.prepare = (start_by_forking, ())
+    said = stage.run(*PROVE, "model.name=mine:Forgetful", "--other=1", "--kills=2", "--in", "kept", status=1,
                      timeout_s=200, COLUMNS="200")  # fmt: skip
     rows = [re.sub(r"[│┃\s]+", " ", line).strip() for line in said.splitlines() if "│" in line]
-    assert re.fullmatch(r"killed, 1 rank 1 0 equal differ by .* of their norm of the same steps", rows[0])
+    assert re.fullmatch(r"killed, 1 rank 2 [01] equal differ by .* of their norm of the same steps", rows[0])
     assert "NOT EQUAL" in said
     assert sorted(os.listdir(stage.folder / "kept")) == ["killed-other", "killed-same", "undisturbed"]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -408,3 +409,52 @@ def test_a_run_whose_last_save_fails_has_failed_and_goes_on_from_the_one_before(
     (stage.folder / "broken").unlink()
     assert "resuming at step 30" in stage.run(*words)
     assert stage.place.status("runs/x")["state"] == "completed"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 6 MiB."""
+    if os.getuid() != 0:
+        pytest.skip("mounting a small disk takes root")
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_fails_saves_and_tears_nothing_and_all_is_well_when_there_is_room_again(
+    stage: Stage, small_disk: Path
+) -> None:
+    run, ballast, words = str(small_disk / "run"), small_disk / "ballast", [*TRAIN, "checkpoint.keep=9"]
+    stage.run(*words, "run.dir=runs/whole")
+    stage.place.prepare = (break_saves, ("",))  # which tells of failures
+    training = stage.hold(*words, f"run.dir={run}", before=12, ranks=[0])
+    stage.wait_for(lambda: saved(stage, run) == [10], "checkpoint", training)
+    before = contents(small_disk / "run/checkpoints")
+    with open(ballast, "wb", buffering=0) as file:
+        try:
+            while file.write(b"x" * 4096):
+                pass
+        except OSError:
+            pass  # full
+    (stage.folder / "hold-25-0").touch()
+    (stage.folder / "hold-12-0").unlink()
+    stage.wait_for((stage.folder / "has-failed").exists, "failed save", training)
+    stage.wait_for((stage.folder / "held-25-0").exists, "steps on a full disk", training)
+    (stage.folder / "hold-28-0").touch()
+    (stage.folder / "hold-25-0").unlink()
+    stage.wait_for((stage.folder / "held-28-0").exists, "steps on a full disk", training)
+    out, _ = training.said()
+    assert "WARNING: the checkpoint of step 20 could not be saved: [Errno 28] No space left on device" in out
+    assert contents(small_disk / "run/checkpoints") == before
+    ballast.unlink()
+    stage.release()
+    stage.end(training, 0)
+    assert stage.place.status(run)["state"] == "completed"
+    assert saved(stage, run) == [10, 30, 40]
+    assert same(stage.place.tensors(run, 40), stage.place.tensors("runs/whole", 40))
+    assert lines(stage, run) == lines(stage, "runs/whole"), "also those that found no room at first"
+    assert not list(small_disk.rglob(".tmp-*"))

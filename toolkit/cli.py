@@ -229,12 +229,15 @@ def _run() -> tuple[int, str]:
         return 0, ""
     except SystemExit as done:  # also how a wrong command line ends, its message already shown
         return int(done.code or 0), ""
-    except JobError as error:
-        status, message = 2, str(error)
-    except RunError as error:
-        status, message = 1, str(error)
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{frame.filename}, line {frame.lineno}"
-        status, message = 1, f"{type(error).__name__}: {error} ({where}); with --debug the whole traceback is shown"
-    return status, traceback.format_exc() if "--debug" in sys.argv else message
+        status, message = _told(error)
+        return status, traceback.format_exc() if "--debug" in sys.argv else message
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """(exit status, message) of what has ended a command."""
+    if isinstance(error, JobError | RunError):
+        return 2 if isinstance(error, JobError) else 1, str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename}, line {frame.lineno}"
+    return 1, f"{type(error).__name__}: {error} ({where}); with --debug the whole traceback is shown"

@@ -120,7 +120,7 @@ def _be(
     tempfile.tempdir = None  # to be found in this process's own environment
     multiprocessing.set_start_method("fork", force=True)  # as it is where nobody has forked anything
     for number, name in enumerate(("out", "err"), 1):
-        descriptor = os.open(Path(output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(Path(output, name), os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -135,3 +135,34 @@ def _be(
         atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+class ForkedAgain:
+    """In a forked command: `python -m toolkit WORDS`, by another fork; as much of subprocess.Popen as proof uses."""
+
+    def __init__(self, words: list[str], *, stdout: Any, env: Mapping[str, str], **_: Any) -> None:
+        self._process = multiprocessing.Process(target=self._be, args=(words[2:], stdout.fileno(), env))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+    @staticmethod
+    def _be(words: list[str], output: int, environment: Mapping[str, str]) -> None:
+        from toolkit import cli
+
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = words
+        try:
+            cli.main()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()

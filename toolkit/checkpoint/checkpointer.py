@@ -57,8 +57,9 @@ class Checkpointer:
         self.archive = archive
         self.ranks, self.attempt, self.check_lock = ranks, attempt, check_lock
         self.global_batch_size = global_batch_size
-        self.saves, self.failures = 0, 0
-        self.failure: str | None = None  # why the last save failed, if it did
+        self.saves = 0
+        self.reasons: list[str] = []  # why saves have failed, all of them
+        self.failure: str | None = None  # that of the last save, if it did
         self.saved_step: int | None = None  # the last that this rank has written, rank 0 with its manifest
         self.took_s, self.stalled_s = 0.0, 0.0  # of the last save, and how long of it the loop stood still
         self._scores: dict[int, float | None] | None = None
@@ -130,6 +131,11 @@ class Checkpointer:
             running.result()
 
     @property
+    def failures(self) -> int:
+        """How many saves have failed."""
+        return len(self.reasons)
+
+    @property
     def saving(self) -> bool:
         """Whether a save is in flight."""
         return self._running is not None and not self._running.done()
@@ -147,9 +153,9 @@ class Checkpointer:
         try:
             write(self.archive.folder(step), *what)
         except OSError as error:
-            self.failures += 1
             self._failed.append(step)
             self.failure = f"the checkpoint of step {step} could not be saved: {error}"
+            self.reasons.append(self.failure)
         else:
             self.failure, self.saved_step, self.took_s = None, step, time.monotonic() - started_s
 

@@ -1,7 +1,8 @@
 """Reading boxes of tensors out of a checkpoint: any box, whoever wrote it in whatever pieces; every byte checked."""
 
 import errno
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import local
 from typing import NamedTuple
@@ -12,8 +13,10 @@ from torch import Tensor
 from toolkit import storage
 from toolkit.checkpoint.boxes import Box, Shard, extents, intersection, shard_of, volume, within
 from toolkit.checkpoint.manifest import DTYPES, Chunk, DamagedError, Manifest, checksum
+from toolkit.checkpoint.plan import memcpy
 
 READERS = 4
+STRETCH_BYTES = 8 << 20
 
 
 class _Wanted(NamedTuple):
@@ -69,8 +72,22 @@ def content(url: str, size: int) -> bytes:
 
 
 def _read_file(url: str, wanted: Iterable[_Wanted], buffers: local) -> None:
-    """Read one file from the first to the last of its wanted chunks, in one go, and hand out what is asked for."""
-    wanted = sorted(wanted, key=lambda one: one.chunk.offset)
+    """Read what is wanted of one file, and hand it out: from a disk little by little, so that it is still in the cache
+    when it is verified and copied, from elsewhere in one go.
+    """
+    ordered = sorted(wanted, key=lambda one: one.chunk.offset)
+    limit = STRETCH_BYTES if storage.local_path(url) else sys.maxsize
+    stretch = list[_Wanted]()
+    for one in ordered:
+        if stretch and one.chunk.offset + one.bytes - stretch[0].chunk.offset > limit:
+            _read_stretch(url, stretch, buffers)
+            stretch = []
+        stretch.append(one)
+    _read_stretch(url, stretch, buffers)
+
+
+def _read_stretch(url: str, wanted: Sequence[_Wanted], buffers: local) -> None:
+    """Read from the first to the last of these chunks, which lie in order, and hand out what is asked for."""
     start = wanted[0].chunk.offset
     length = max(one.chunk.offset + one.bytes for one in wanted) - start
     if getattr(buffers, "buffer", torch.empty(0)).numel() < length:
@@ -92,7 +109,9 @@ def _read_file(url: str, wanted: Iterable[_Wanted], buffers: local) -> None:
                 f"{storage.shown(url)} is damaged: XXH3-128 of {where} is {found}, expected {chunk.xxh3_128}"
             )
         source = _typed(stretch[at : at + size], dtype).view(extents(chunk.box))[within(shared, chunk.box)]
-        target.local[within(shared, target.box)].copy_(source)
+        place = target.local[within(shared, target.box)]
+        if not memcpy(place, source):
+            place.copy_(source)
 
 
 def _typed(flat: Tensor, dtype: torch.dtype) -> Tensor:

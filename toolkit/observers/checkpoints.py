@@ -32,7 +32,7 @@ class Checkpoints:
         self.every_s = every_min * 60 if every_min else float("inf")
         self.stops_on_error, self.before_commit, self.say = on_error == "stop", before_commit, say
         self.asked = asked
-        self.failures, self.last_failure = 0, ""
+        self.failures = 0
         self.tried_step: int | None = None
 
     def start(self, trainer: Any) -> None:
@@ -79,7 +79,9 @@ class Checkpoints:
         self.checkpointer.wait()
         self._report()
         if self.broken() and not self.checkpointer.failure:
-            raise RunError(f"{self.last_failure}; checkpoint.on_error is stop; the same command goes on from here")
+            raise RunError(
+                f"{self.checkpointer.reasons[-1]}; checkpoint.on_error is stop; the same command goes on from here"
+            )
         if self.checkpointer.failure:
             kept = self.checkpointer.saved_step
             since = (
@@ -92,12 +94,10 @@ class Checkpoints:
         return {"checkpoint/failures": self.checkpointer.failures} if self.checkpointer.failures else {}
 
     def _report(self) -> None:
-        """Say that a save has failed, once."""
-        saver = self.checkpointer
-        if saver.failures > self.failures:
-            self.failures = saver.failures
-            self.last_failure = saver.failure or "a checkpoint could not be saved"
-            self.say(f"WARNING: {self.last_failure}; older ones are as they were")
+        """Say of each save that has failed that it has, once."""
+        while self.failures < self.checkpointer.failures:
+            self.say(f"WARNING: {self.checkpointer.reasons[self.failures]}; older ones are as they were")
+            self.failures += 1
 
     def _better(self, score: float, best: float | None) -> bool:
         mode = self.checkpointer.archive.policy.mode
