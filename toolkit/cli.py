@@ -212,14 +212,18 @@ def _options(
 
 def main() -> None:
     """The `toolkit` command: errors become one block on stderr and an exit status."""
-    from toolkit import supervisor
-
     sys.path.insert(0, os.getcwd())  # the user's own components are found from here
-    supervisor.enter_rank(os.environ)
+    watched = "TOOLKIT_ATTEMPT_DIR" in os.environ  # a rank of our supervisor, which `--help` need not import
+    if watched:
+        from toolkit import supervisor
+
+        supervisor.enter_rank(os.environ)
     status, message = _run()
-    if message and supervisor.ATTEMPT_DIR not in os.environ:
+    if watched:
+        status = supervisor.leave_rank(os.environ, status, message)
+    elif message:
         print(message, file=sys.stderr)
-    sys.exit(supervisor.leave_rank(os.environ, status, message))
+    sys.exit(status)
 
 
 def _run() -> tuple[int, str]:

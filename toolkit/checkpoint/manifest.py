@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import lru_cache
 from math import prod
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -241,6 +242,7 @@ def _refuse_link(url: str) -> None:
         raise DamagedError(f"{storage.shown(url)} is a link; a checkpoint consists of files")
 
 
+@lru_cache(maxsize=2)  # a start looks at each checkpoint several times, and at the newest most
 def parse(content: bytes) -> Manifest:
     """The manifest of a file's content. Raises ValueError if it is not whole; RunError if another version wrote it."""
     first, newline, body = content.partition(b"\n")

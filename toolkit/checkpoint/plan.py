@@ -97,12 +97,19 @@ def copy_into(buffer: Tensor, own: Plan, shards: Mapping[str, Shard]) -> None:
 
 def memcpy(target: Tensor, source: Tensor) -> bool:
     """Copy bytes as they lie, on this thread alone. False, and nothing is done, where they must be moved otherwise."""
-    if not (target.is_cpu and source.is_cpu and target.is_contiguous() and source.is_contiguous()):
+    to, of = as_bytes(target), as_bytes(source)
+    if to is None or of is None or target.dtype != source.dtype:
         return False
-    if source.is_conj() or source.is_neg():  # a view that is yet to be computed
-        return False
-    np.copyto(_bytes(target), _bytes(source))
+    np.copyto(np.asarray(to), np.asarray(of))
     return True
+
+
+def as_bytes(tensor: Tensor) -> memoryview | None:
+    """The memory of a tensor that lies in the host's, row by row without gaps; None for any other."""
+    if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
+        return None  # a conjugate is a view that is yet to be computed
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # the stride of a side of 1 may be anything
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _copy_file(buffer: Tensor, file: File, shards: Mapping[str, Shard]) -> list[tuple[Tensor, Tensor]]:
@@ -115,11 +122,6 @@ def _copy_file(buffer: Tensor, file: File, shards: Mapping[str, Shard]) -> list[
         if not memcpy(place, source):
             left.append((place, source))
     return left
-
-
-def _bytes(tensor: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
-    flat = tensor.as_strided((tensor.numel(),), (1,))  # the stride of a side of 1 may be anything
-    return flat.view(torch.uint8).numpy()
 
 
 def _pieces(shards: Mapping[str, Shard]) -> list[tuple[str, Box, int]]:

@@ -1,22 +1,23 @@
 """Reading boxes of tensors out of a checkpoint: any box, whoever wrote it in whatever pieces; every byte checked."""
 
 import errno
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import local
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from toolkit import storage
 from toolkit.checkpoint.boxes import Box, Shard, extents, intersection, shard_of, volume, within
 from toolkit.checkpoint.manifest import DTYPES, Chunk, DamagedError, Manifest, checksum
-from toolkit.checkpoint.plan import memcpy
+from toolkit.checkpoint.plan import as_bytes
 
 READERS = 4
 STRETCH_BYTES = 8 << 20
+STRAIGHT_BYTES = 1 << 18
 
 
 class _Wanted(NamedTuple):
@@ -28,12 +29,22 @@ class _Wanted(NamedTuple):
     target: Shard
     shared: Box
 
+    def place(self) -> memoryview | None:
+        """The memory it belongs into, if all of it does, as it lies."""
+        if self.shared != self.chunk.box or self.target.local.dtype != self.dtype:
+            return None
+        return as_bytes(self.target.local[self.where()])
+
+    def where(self) -> tuple[slice, ...]:
+        """The part of the target's memory that it belongs into."""
+        return within(self.shared, self.target.box)
+
 
 def fill(folder: str, manifest: Manifest, targets: Mapping[str, Tensor]) -> None:
     """Read into each tensor what the checkpoint holds under its name; of a DTensor, what its local part is.
 
-    A chunk's bytes are verified before any of them is used. Raises DamagedError that names the first file that is not
-    what the manifest says; the tensors are then part old, part new.
+    Every chunk's bytes are verified. Raises DamagedError that names the first file that is not what the manifest says;
+    the tensors must then not be used.
     """
     by_file: dict[str, list[_Wanted]] = {}
     for name, tensor in targets.items():
@@ -72,18 +83,21 @@ def content(url: str, size: int) -> bytes:
 
 
 def _read_file(url: str, wanted: Iterable[_Wanted], buffers: local) -> None:
-    """Read what is wanted of one file, and hand it out: from a disk little by little, so that it is still in the cache
-    when it is verified and copied, from elsewhere in one go.
+    """Read what is wanted of one file, and hand it out. From a disk little by little, so that it is still in the cache
+    when it is verified, and a large chunk straight to its place; from elsewhere in one go.
     """
-    ordered = sorted(wanted, key=lambda one: one.chunk.offset)
-    limit = STRETCH_BYTES if storage.local_path(url) else sys.maxsize
-    stretch = list[_Wanted]()
-    for one in ordered:
-        if stretch and one.chunk.offset + one.bytes - stretch[0].chunk.offset > limit:
+    is_local, stretch = storage.local_path(url) is not None, list[_Wanted]()
+    for one in sorted(wanted, key=lambda one: one.chunk.offset):
+        if is_local and one.bytes >= STRAIGHT_BYTES and (place := one.place()) is not None:
+            _read(url, one.chunk.offset, place)
+            _check(url, one.chunk, place)
+            continue
+        if is_local and stretch and one.chunk.offset + one.bytes - stretch[0].chunk.offset > STRETCH_BYTES:
             _read_stretch(url, stretch, buffers)
             stretch = []
         stretch.append(one)
-    _read_stretch(url, stretch, buffers)
+    if stretch:
+        _read_stretch(url, stretch, buffers)
 
 
 def _read_stretch(url: str, wanted: Sequence[_Wanted], buffers: local) -> None:
@@ -94,24 +108,34 @@ def _read_stretch(url: str, wanted: Sequence[_Wanted], buffers: local) -> None:
         buffers.buffer = torch.empty(length, dtype=torch.uint8)
     stretch = buffers.buffer[:length]
     view = memoryview(stretch.numpy())
+    _read(url, start, view)
+    for one in wanted:
+        at, stop = one.chunk.offset - start, one.chunk.offset - start + one.bytes
+        _check(url, one.chunk, view[at:stop])
+        if (place := one.place()) is not None:
+            np.copyto(np.asarray(place), np.asarray(view[at:stop]))
+        else:
+            there = _typed(stretch[at:stop], one.dtype).view(extents(one.chunk.box))
+            one.target.local[one.where()].copy_(there[within(one.shared, one.chunk.box)])
+
+
+def _read(url: str, start: int, view: memoryview) -> None:
+    """Fill the view with the bytes of a file from `start`."""
     try:
         came = storage.read_into(url, start, view)
     except OSError as error:
         raise _damage(url, error) from error
-    if came < length:
-        raise DamagedError(f"{storage.shown(url)} ends after {start + came} bytes; {start + length} are needed")
-    for chunk, dtype, size, target, shared in wanted:
-        at = chunk.offset - start
-        found = checksum(view[at : at + size])
-        if found != chunk.xxh3_128:
-            where = f"bytes {chunk.offset} to {chunk.offset + size}"
-            raise DamagedError(
-                f"{storage.shown(url)} is damaged: XXH3-128 of {where} is {found}, expected {chunk.xxh3_128}"
-            )
-        source = _typed(stretch[at : at + size], dtype).view(extents(chunk.box))[within(shared, chunk.box)]
-        place = target.local[within(shared, target.box)]
-        if not memcpy(place, source):
-            place.copy_(source)
+    if came < len(view):
+        raise DamagedError(f"{storage.shown(url)} ends after {start + came} bytes; {start + len(view)} are needed")
+
+
+def _check(url: str, chunk: Chunk, view: memoryview) -> None:
+    found = checksum(view)
+    if found != chunk.xxh3_128:
+        where = f"bytes {chunk.offset} to {chunk.offset + len(view)}"
+        raise DamagedError(
+            f"{storage.shown(url)} is damaged: XXH3-128 of {where} is {found}, expected {chunk.xxh3_128}"
+        )
 
 
 def _typed(flat: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,8 @@ def varying(state: Any) -> set[str]:
 
 
 def targets(state: Any, saved: Mapping[str, TensorEntry], values: Values) -> dict[str, Tensor]:
-    """The tensors that a checkpoint's are to be read into: the model's own, and new ones for the optimizer.
+    """The tensors that a checkpoint's are to be read into: the model's own, and those of the optimizer, or new ones
+    where it has none yet.
 
     Raises RunError that lists on both sides what is missing, left over or of another shape or type.
     """
@@ -64,7 +65,8 @@ def targets(state: Any, saved: Mapping[str, TensorEntry], values: Values) -> dic
         parameter_name = name.removeprefix("optimizer/").rpartition("/")[0]
         if name.startswith("optimizer/") and parameter_name in trained:
             parameter = trained[parameter_name]
-            own[name] = _empty(entry, parameter, groups[parameter])
+            there = state.optimizer.state.get(parameter, {}).get(name.rpartition("/")[2])
+            own[name] = there if _fits(there, entry) else _empty(entry, parameter, groups[parameter])
     wrong = _differences(own, saved)
     if strange := sorted(name for name in values.optimizer if name.rpartition("/")[0] not in trained):
         wrong.append(f"optimizer values left over in it: {strange}")
@@ -130,10 +132,15 @@ def _differences(own: Mapping[str, Tensor], saved: Mapping[str, TensorEntry]) ->
         wrong += [f"missing in the checkpoint: {missing or 'none'}", f"left over in it: {left_over or 'none'}"]
     for name in sorted(own.keys() & saved.keys()):
         entry, tensor = saved[name], own[name]
-        if (tuple(tensor.shape), tensor.dtype) != (entry.shape, DTYPES[entry.dtype]):
+        if not _fits(tensor, entry):
             there = f"{entry.shape} {entry.dtype}"
             wrong.append(f"{name}: {there} in the checkpoint, {tuple(tensor.shape)} {_name(tensor.dtype)} in the job")
     return wrong
+
+
+def _fits(there: Any, entry: TensorEntry) -> bool:
+    """Whether a tensor can be filled in place: a run that goes back has no memory for its moments twice."""
+    return isinstance(there, Tensor) and (tuple(there.shape), there.dtype) == (entry.shape, DTYPES[entry.dtype])
 
 
 def _empty(entry: TensorEntry, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:

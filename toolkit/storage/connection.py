@@ -1,5 +1,6 @@
 """From a URL to its store, as often as it takes."""
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ def connected(url: str, budget: Budget | None = None) -> tuple[AnyStore, str]:
 
     Asked for at each use: fsspec keeps one file system per process and set of options, and a forked child has none.
     """
+    if "://" not in url and "::" not in url:  # what fsspec would make of it, in a twentieth of the time
+        return Local(budget or Budget()), os.path.abspath(os.path.expanduser(url))
     protocol = fsspec.utils.get_protocol(url)
     kind = KINDS.get(protocol, Store)
     try:

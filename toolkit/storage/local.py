@@ -11,6 +11,7 @@ from toolkit.storage.budget import Budget
 
 TEMPORARY = ".tmp-"
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+NOT_THERE = {errno.ENOENT, errno.ELOOP}  # gone since it was listed, or a link that leads to itself
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -41,9 +42,12 @@ class Local:
         found = dict[str, int]()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
             for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                try:
                     if entry.is_file():
                         found[entry.name] = entry.stat().st_size
+                except OSError as error:
+                    if error.errno not in NOT_THERE:
+                        raise
         return found
 
     def read(self, path: str, start: int, end: int | None) -> bytes:
