@@ -36,10 +36,10 @@ check: setup ## lint, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## measure the stream, the steps and the checkpoints, beside others
-	@$(BIN)/python tests/benchmarks/stream.py
-	@$(BIN)/python tests/benchmarks/steps.py
-	@$(BIN)/python tests/benchmarks/checkpoints.py
+bench: setup ## measure commands, stream, steps and checkpoints, beside others; minutes
+	@for part in commands stream steps checkpoints checkpoints_s3; do \
+		$(BIN)/python -m tests.benchmarks.$$part || missed="$$missed $$part"; \
+	done; [ -z "$$missed" ] || { echo "bounds were missed in:$$missed"; exit 1; }
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

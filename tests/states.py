@@ -154,7 +154,7 @@ def files_of(url: str) -> set[str]:
 
 OPERATIONS = (
     "abort_uploads", "create", "exists", "free_bytes", "move", "names", "read", "read_into", "remove", "size", "sizes",
-    "sync_folder", "write",
+    "sync", "sync_folder", "write",
 )  # fmt: skip
 
 

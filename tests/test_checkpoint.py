@@ -114,6 +114,17 @@ def test_moments_keep_the_layout_of_their_parameter(folder: str) -> None:
     assert [loaded.optimizer.state[kernel]["exp_avg"].stride() for kernel in kernels] == strides
 
 
+def test_moments_that_are_there_are_filled_where_they_are(folder: str) -> None:
+    """A run that goes back has no memory for them twice."""
+    saved = trained(new_state(), 1)
+    save(folder, saved)
+    loaded = trained(new_state(), 2)
+    before = {id(value) for kept in loaded.optimizer.state.values() for value in kept.values()}
+    resumed(folder, loaded)
+    assert {id(value) for kept in loaded.optimizer.state.values() for value in kept.values()} == before
+    assert all_of(loaded) == all_of(saved)
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(folder: str) -> None:
     saved, loaded = trained(new_state(MODELS["gpt"]), 1), new_state(MODELS["gpt"], seed=1)
     save(folder, saved)
@@ -395,10 +406,10 @@ def test_a_small_state_is_written_by_rank_0_alone(folder: str) -> None:
 def test_a_rank_that_cannot_write_its_share_makes_the_save_fail_with_its_words(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(at: str, content: Any) -> None:
+    def failing(at: str, content: Any, **how: Any) -> None:
         if "data-1.2.1." in at:
             raise OSError("no disk on this machine")
-        write(at, content)
+        write(at, content, **how)
 
     archive, write = Archive(folder), storage.write
     ranks = world(archive, 3)
@@ -609,6 +620,23 @@ def test_a_full_disk_fails_the_save_and_older_checkpoints_stay(
 
 
 # -- killed
+
+
+def test_every_file_is_on_disk_before_the_manifest_names_it(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, create = set[str](), storage.create
+
+    def creating(url: str, content: bytes) -> bool:
+        if url.endswith("/manifest.json"):
+            files = Path(url).parent.glob("data-*")
+            assert {str(file) for file in files} <= synced
+            synced.add(url)
+        return create(url, content)
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(storage, "create", creating)
+    save(folder, small_state())
+    assert any(name.endswith("/manifest.json") for name in synced)
 
 
 def test_the_manifest_is_written_last_and_nothing_older_is_touched_before(url: str) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -306,21 +305,12 @@ def test_a_bad_sample_met_later_ends_the_run_by_its_number(
 # -- commands that need no torch
 
 
-def test_help_answers_within_half_a_second(workplace: Workplace) -> None:
-    def timed() -> float:
-        start_s = time.monotonic()
-        workplace.run("--help")
-        return time.monotonic() - start_s
-
-    assert min(timed() for _ in range(5)) < 0.5  # the least: the others waited for whatever else ran here
-
-
 @pytest.mark.parametrize("word", ["--help", "--version", "schema"])
-def test_a_command_that_needs_no_torch_does_not_import_it(word: str) -> None:
+def test_a_command_that_needs_no_torch_imports_nothing_heavy(word: str) -> None:
     code = (
         "import sys; sys.argv = ['toolkit', sys.argv[1]]; from toolkit import cli\n"
         "try: cli.main()\n"
-        "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+        "finally: assert not {'torch', 'numpy', 'fsspec', 'submitit', 'psutil'} & sys.modules.keys()"
     )
     command = [sys.executable, "-c", code, word]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

@@ -111,6 +111,24 @@ def test_content_is_whole_and_on_disk_before_it_has_its_name(
     assert done == (["disk", "name", "disk"] if durable else ["name"])  # the second: the folder, which holds the name
 
 
+def test_sync_brings_every_file_and_then_the_folder_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, fsync = list[str](), os.fsync
+    for name in ("a", "b", "c"):
+        storage.write(str(tmp_path / name), bytes(2 << 20), durable=False)
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    storage.sync(str(tmp_path), ["a", "b"])
+    assert done == [f"{tmp_path}/a", f"{tmp_path}/b", str(tmp_path)]
+
+
+def test_a_failed_sync_is_told_by_name_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write(str(tmp_path / "a"), b"content", durable=False)
+    failures = iter([OSError(errno.EIO, "Input/output error")])  # a second fsync would claim success
+    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(next(failures)))
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        storage.sync(str(tmp_path), ["a"])
+    assert caught.value.filename == str(tmp_path)
+
+
 @pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
 def test_access_rights_follow_the_umask(tmp_path: Path, umask: int, rights: int) -> None:
     before = os.umask(umask)

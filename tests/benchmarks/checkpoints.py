@@ -7,45 +7,27 @@ counts. Ours checksums what it writes, and verifies what it reads; nobody else d
 
 import argparse
 import contextlib
+import gc
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import torch
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
-from toolkit.checkpoint import Archive, Checkpointer, Policy
+from tests.benchmarks.measure import Table, a_state, in_turns, prefaulted
+from toolkit.checkpoint import Archive, Checkpointer, Policy, manifest
 from toolkit.checkpoint.state import to_plain
-from toolkit.models.gpt import Gpt
-from toolkit.trainer import State
-
-sys.path.append(str(Path(__file__).parent.parent))
 
 TMPFS, DISK = Path("/dev/shm"), Path("/var/tmp")
 SAVE, LOAD, STALL = 0.8, 0.6, 1.5  # of a raw write's and read's throughput, of a copy's time
-S3_SAVE, S3_CPU, S3_EXTRA_MIB = 0.8, 1.0, 256
-S3_MIB, S3_THREADS = 512, 4
-WIDTH, VOCABULARY = 512, 32000
 KEEP_ALL = Policy(keep=1 << 30)
-
-
-def a_state(mib: int) -> State:
-    """A transformer with AdamW's moments: some hundred tensors, together as large as asked, as near as layers allow."""
-    torch.manual_seed(0)
-    layers = max(1, round((mib * 2**20 / 12 - VOCABULARY * WIDTH) / (12 * WIDTH * WIDTH)))
-    model = Gpt(VOCABULARY, (64,), layers=layers, width=WIDTH)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.rand_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
 class Local:
@@ -61,6 +43,8 @@ class Local:
         self.stalls = [0.0]
         for turn in (self.save_ours, self.copy):
             turn()
+        gc.collect()
+        gc.freeze()  # as a run does: see session.settle
 
     def save_ours(self) -> float:
         self.state.step += 1
@@ -117,6 +101,7 @@ class Local:
 
     def load_ours(self) -> float:
         self._forget()
+        manifest.parse.cache_clear()  # a new process has read none
         start_s = time.perf_counter()
         assert self.ours.resume(self.state) == self.state.step
         return time.perf_counter() - start_s
@@ -141,13 +126,7 @@ class Local:
 
     @contextlib.contextmanager
     def _written(self, path: Path) -> Iterator[float]:
-        """When a turn starts. Its pages have been used just before, so that a virtual machine need not fetch them from
-        its host; what it has written is removed.
-        """
-        before = TMPFS if TMPFS.is_dir() else self.folder
-        with tempfile.TemporaryFile(dir=before) as file:
-            for _ in range(9):
-                file.write(self.flat[: self.flat.numel() // 8].numpy())
+        """When a turn starts; what it has written is removed at its end."""
         yield time.perf_counter()
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -164,67 +143,31 @@ def _fsync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-class Table:
-    """Lines of figures with their bounds; `missed` counts those over them."""
-
-    def __init__(self) -> None:
-        self.missed = 0
-        print(f"{'':34}{'ours':>9}{'other':>9}{'ratio':>8}{'bound':>10}")
-
-    def ratio(
-        self, what: str, ours: float, other: float, least: float | None = None, most: float | None = None
-    ) -> None:
-        ratio = other / ours if least is not None else ours / other
-        if least is not None:
-            self._line(what, ours, other, f"{ratio:.2f}", f">= {least:.2f}", ratio >= least)
-        elif most is not None:
-            self._line(what, ours, other, f"{ratio:.2f}", f"<= {most:.2f}", ratio <= most)
-
-    def _line(self, what: str, ours: float, other: float, ratio: str, bound: str, kept: bool) -> None:
-        self.missed += not kept
-        print(f"{what:34}{ours:9.3f}{other:9.3f}{ratio:>8}{bound:>10}  {'ok' if kept else 'MISSED'}", flush=True)
-
-
-def in_turns(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of every side."""
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            seconds[name].append(turn())
-    if os.environ.get("DEBUG"):
-        for name, s in seconds.items():
-            print("   ", name, [round(x, 3) for x in s])
-    return {name: median(all_) for name, all_ in seconds.items()}
-
-
-def local(table: Table, where: str, parent: Path, mib: int, rounds: int) -> None:
+def compare(table: Table, where: str, parent: Path, mib: int) -> None:
+    """All lines of one place."""
     with tempfile.TemporaryDirectory(prefix="toolkit-bench-", dir=parent) as name:
         sides = Local(Path(name, "all"), mib)
         others = {"torch.save": sides.save_torch, "DCP": sides.save_dcp, "safetensors": sides.save_safetensors}
-        took = in_turns(
-            {"ours": sides.save_ours, "stall": sides.stall_ours, "copy": sides.copy, "raw": sides.save_raw, **others},
-            rounds,
-        )
-        table.ratio(f"{where}: save s, raw write", took["ours"], took["raw"], least=SAVE)
-        for other in others:
-            table.ratio(f"{where}: save s, {other}", took["ours"], took[other], least=1.0)
-        table.ratio(f"{where}: stall s, copy_", took["stall"], took["copy"], most=STALL)
-        with sides.to_read():
-            took = in_turns({"ours": sides.load_ours, "raw": sides.load_raw}, rounds)
-        table.ratio(f"{where}: load s, raw read", took["ours"], took["raw"], least=LOAD)
+        ours = {"ours": sides.save_ours, "stall": sides.stall_ours, "copy": sides.copy, "raw": sides.save_raw}
+        with prefaulted(3 * mib):
+            took_s = in_turns({**ours, **others})
+            table.at_least(f"{where}: save s, raw write", took_s["ours"], took_s["raw"], SAVE)
+            for other in others:
+                table.at_least(f"{where}: save s, {other}", took_s["ours"], took_s[other], 1.0)
+            table.at_most(f"{where}: stall s, copy_", took_s["stall"], took_s["copy"], STALL)
+            with sides.to_read():
+                took_s = in_turns({"ours": sides.load_ours, "raw": sides.load_raw})
+            table.at_least(f"{where}: load s, raw read", took_s["ours"], took_s["raw"], LOAD)
 
 
 def main() -> int:
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # what DCP thinks of one process
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", choices=["local", "s3"])
     parser.add_argument("--mib", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    table = Table()
-    if arguments.only != "s3":
-        if TMPFS.is_dir():
-            local(table, "tmpfs", TMPFS, arguments.mib, arguments.rounds)
-        local(table, "disk", DISK, arguments.mib, arguments.rounds)
+    mib, table = parser.parse_args().mib, Table()
+    if TMPFS.is_dir():
+        compare(table, "tmpfs", TMPFS, mib)
+    compare(table, "disk", DISK, mib)
     return int(table.missed > 0)
 
 

@@ -85,6 +85,13 @@ def test_what_is_written_is_read_whole_and_in_stretches(root: str) -> None:
     assert storage.read(url, 10, 20) == storage.read(url, 50, 60) == storage.read(url, 4, 4) == b""
 
 
+def test_many_files_are_made_durable_together(root: str) -> None:
+    for name in ("a", "b"):
+        storage.write(storage.join(root, name), b"content", durable=False)
+    storage.sync(root, ["a", "b"])
+    assert storage.sizes(root) == {"a": 7, "b": 7}
+
+
 def test_a_buffer_is_filled_from_anywhere_and_short_at_the_end(root: str) -> None:
     url = storage.join(root, "file")
     storage.write(url, b"0123456789")

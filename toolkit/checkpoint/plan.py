@@ -18,6 +18,8 @@ from toolkit.checkpoint.manifest import DTYPE_NAMES
 from toolkit.distributed import Ranks
 from toolkit.errors import RunError
 
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
 CHUNK_BYTES = 8 << 20  # what is read and checked at once
 FILE_BYTES = 32 << 20  # what a store is given at once: one put, never a multipart upload that a kill leaves pending
 MIN_SHARE_BYTES = 1 << 20  # less is not worth a file of its own
@@ -95,32 +97,25 @@ def copy_into(buffer: Tensor, own: Plan, shards: Mapping[str, Shard]) -> None:
         torch.cuda.synchronize()
 
 
-def memcpy(target: Tensor, source: Tensor) -> bool:
-    """Copy bytes as they lie, on this thread alone. False, and nothing is done, where they must be moved otherwise."""
-    to, of = as_bytes(target), as_bytes(source)
-    if to is None or of is None or target.dtype != source.dtype:
-        return False
-    np.copyto(np.asarray(to), np.asarray(of))
-    return True
-
-
-def as_bytes(tensor: Tensor) -> memoryview | None:
+def as_bytes(tensor: Tensor) -> Bytes | None:
     """The memory of a tensor that lies in the host's, row by row without gaps; None for any other."""
     if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
         return None  # a conjugate is a view that is yet to be computed
     flat = tensor.as_strided((tensor.numel(),), (1,))  # the stride of a side of 1 may be anything
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return flat.view(torch.uint8).numpy()
 
 
 def _copy_file(buffer: Tensor, file: File, shards: Mapping[str, Shard]) -> list[tuple[Tensor, Tensor]]:
-    """Copy what is to become a file; returns what memcpy cannot do, as (place, source)."""
-    left = []
+    """Copy what is to become a file; returns what has not just to be copied as it lies, as (place, source)."""
+    left, host = [], buffer.numpy()
     for piece in file.pieces:
-        shard = shards[piece.name]
-        source = shard.local[within(piece.box, shard.box)]
-        place = buffer[piece.start : piece.start + piece.bytes].view(source.dtype).view(source.shape)
-        if not memcpy(place, source):
-            left.append((place, source))
+        shard, stop = shards[piece.name], piece.start + piece.bytes
+        source = shard.local if piece.box == shard.box else shard.local[within(piece.box, shard.box)]
+        content = as_bytes(source)
+        if content is not None:
+            np.copyto(host[piece.start : stop], content)
+        else:
+            left.append((buffer[piece.start : stop].view(source.dtype).view(source.shape), source))
     return left
 
 

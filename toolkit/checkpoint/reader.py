@@ -13,7 +13,7 @@ from torch import Tensor
 from toolkit import storage
 from toolkit.checkpoint.boxes import Box, Shard, extents, intersection, shard_of, volume, within
 from toolkit.checkpoint.manifest import DTYPES, Chunk, DamagedError, Manifest, checksum
-from toolkit.checkpoint.plan import as_bytes
+from toolkit.checkpoint.plan import Bytes, as_bytes
 
 READERS = 4
 STRETCH_BYTES = 8 << 20
@@ -29,7 +29,7 @@ class _Wanted(NamedTuple):
     target: Shard
     shared: Box
 
-    def place(self) -> memoryview | None:
+    def place(self) -> Bytes | None:
         """The memory it belongs into, if all of it does, as it lies."""
         if self.shared != self.chunk.box or self.target.local.dtype != self.dtype:
             return None
@@ -89,8 +89,8 @@ def _read_file(url: str, wanted: Iterable[_Wanted], buffers: local) -> None:
     is_local, stretch = storage.local_path(url) is not None, list[_Wanted]()
     for one in sorted(wanted, key=lambda one: one.chunk.offset):
         if is_local and one.bytes >= STRAIGHT_BYTES and (place := one.place()) is not None:
-            _read(url, one.chunk.offset, place)
-            _check(url, one.chunk, place)
+            _read(url, one.chunk.offset, place.data)
+            _check(url, one.chunk, place.data)
             continue
         if is_local and stretch and one.chunk.offset + one.bytes - stretch[0].chunk.offset > STRETCH_BYTES:
             _read_stretch(url, stretch, buffers)
@@ -107,13 +107,14 @@ def _read_stretch(url: str, wanted: Sequence[_Wanted], buffers: local) -> None:
     if getattr(buffers, "buffer", torch.empty(0)).numel() < length:
         buffers.buffer = torch.empty(length, dtype=torch.uint8)
     stretch = buffers.buffer[:length]
-    view = memoryview(stretch.numpy())
+    bytes_ = stretch.numpy()
+    view = bytes_.data
     _read(url, start, view)
     for one in wanted:
         at, stop = one.chunk.offset - start, one.chunk.offset - start + one.bytes
         _check(url, one.chunk, view[at:stop])
         if (place := one.place()) is not None:
-            np.copyto(np.asarray(place), np.asarray(view[at:stop]))
+            np.copyto(place, bytes_[at:stop])
         else:
             there = _typed(stretch[at:stop], one.dtype).view(extents(one.chunk.box))
             one.target.local[one.where()].copy_(there[within(one.shared, one.chunk.box)])

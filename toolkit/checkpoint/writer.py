@@ -6,6 +6,7 @@ writes the manifest. So nothing here needs a process group, and a rank that fail
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,20 +73,22 @@ def write_share(folder: str, serial: str, rank: int, snapshot: Snapshot) -> Part
         ]
         try:
             written = [one.result() for one in done]
+            storage.sync(folder, names)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             clean_up(folder, names)
             raise
-    files, tensors = {}, dict[str, TensorEntry]()
+    files, chunks = dict[str, FileEntry](), defaultdict[str, list[Chunk]](list)
     for name, file, (entry, sums) in zip(names, snapshot.plan.files, written, strict=True):
         files[name] = entry
         for piece, sum_ in zip(file.pieces, sums, strict=True):
             chunk = Chunk(file=name, offset=piece.start - file.start, box=piece.box, xxh3_128=sum_)
-            tensors[piece.name] = _with(tensors.get(piece.name), snapshot.shards[piece.name], chunk)
-    for name, shard in snapshot.shards.items():
-        if rank == 0 and not shard.local.numel() and 0 in shard.shape:  # has no bytes, but a shape
-            tensors[name] = _with(None, shard)
-    return Part(files=files, tensors=tensors)
+            chunks[piece.name].append(chunk)
+    if rank == 0:
+        for name, shard in snapshot.shards.items():
+            if not shard.local.numel() and 0 in shard.shape:  # has no bytes, but a shape
+                chunks[name] = []
+    return Part(files=files, tensors={name: _entry(snapshot.shards[name], found) for name, found in chunks.items()})
 
 
 def other_parts(folder: str, serial: str, ranks: frozenset[int]) -> Iterator[tuple[str, Part]]:
@@ -118,13 +121,15 @@ def part_name(serial: str, rank: int) -> str:
 
 def joined(parts: Iterable[Part]) -> Part:
     """The files and tensors of all parts together."""
-    files, tensors = dict[str, FileEntry](), dict[str, TensorEntry]()
+    files, entries = dict[str, FileEntry](), defaultdict[str, list[TensorEntry]](list)
     for part in parts:
         files |= part.files
         for name, entry in part.tensors.items():
-            before = tensors.get(name)
-            chunks = (*(before.chunks if before else ()), *entry.chunks)
-            tensors[name] = entry.model_copy(update={"chunks": chunks})
+            entries[name].append(entry)
+    tensors = {
+        name: found[0].model_copy(update={"chunks": tuple(chunk for entry in found for chunk in entry.chunks)})
+        for name, found in entries.items()
+    }
     return Part(files=files, tensors=tensors)
 
 
@@ -158,7 +163,7 @@ def clean_up(folder: str, names: list[str]) -> None:
 def _write_file(url: str, file: File, snapshot: Snapshot) -> tuple[FileEntry, list[str]]:
     content = memoryview(snapshot.buffer.numpy())[file.start : file.stop]  # type: ignore[arg-type]
     whole, sums = _sums(content, [(piece.start - file.start, piece.bytes) for piece in file.pieces])
-    storage.write(url, content)
+    storage.write(url, content, durable=False)
     return FileEntry(bytes=len(content), xxh3_128=whole), sums
 
 
@@ -179,9 +184,8 @@ def _sums(content: memoryview, places: list[tuple[int, int]]) -> tuple[str, list
     return whole.hexdigest(), sums
 
 
-def _with(entry: TensorEntry | None, shard: Shard, *chunks: Chunk) -> TensorEntry:
-    dtype = DTYPE_NAMES[shard.local.dtype]
-    return TensorEntry(dtype=dtype, shape=shard.shape, chunks=((*entry.chunks, *chunks) if entry else chunks))
+def _entry(shard: Shard, chunks: list[Chunk]) -> TensorEntry:
+    return TensorEntry(dtype=DTYPE_NAMES[shard.local.dtype], shape=shard.shape, chunks=tuple(chunks))
 
 
 def _mib(count: int) -> str:

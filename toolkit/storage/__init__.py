@@ -18,9 +18,10 @@ cancelled after 30 s without a byte. What `create` relies on, so that of many cr
 """
 
 import posixpath
+from collections.abc import Iterable
 
 from toolkit.secret import Secret
-from toolkit.storage import local
+from toolkit.storage import failures, local
 from toolkit.storage.budget import PATIENCE_S, patience
 from toolkit.storage.connection import AnyStore, connected, persistently
 from toolkit.storage.failures import shown
@@ -28,7 +29,7 @@ from toolkit.storage.local import sync_folder
 
 __all__ = [
     "PATIENCE_S", "abort_uploads", "create", "exclusive_note", "exists", "free_bytes", "join", "local_path", "move",
-    "names", "patience", "read", "read_into", "remove", "shown", "size", "sizes", "sync_folder", "write",
+    "names", "patience", "read", "read_into", "remove", "shown", "size", "sizes", "sync", "sync_folder", "write",
 ]  # fmt: skip
 
 
@@ -80,6 +81,21 @@ def write(url: str, content: bytes | memoryview, durable: bool = True) -> None:
     """
     view = memoryview(content).cast("B")
     persistently("write", url, lambda store, path: store.write(path, view, durable))
+
+
+def sync(url: str, names: Iterable[str]) -> None:
+    """Make files directly under a URL durable that were written with `durable=False`, and their names.
+
+    Many files are on disk sooner so than each by itself. After an OSError they must be written again.
+    """
+    store, path = connected(url)
+    if not isinstance(store, local.Local):
+        persistently("write", url, lambda store, path: store.sync(path, names))
+        return
+    try:
+        store.sync(path, names)  # once: a second fsync says nothing of what the first has lost
+    except OSError as error:
+        failures.tell(error, "write", url, local=True)
 
 
 def create(url: str, content: bytes) -> bool:

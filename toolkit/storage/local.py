@@ -1,15 +1,19 @@
 """Files of this machine: POSIX, written whole or not at all, and on disk when we say so."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from toolkit.storage.budget import Budget
 
 TEMPORARY = ".tmp-"
+EARLY_BYTES = 1 << 20
+SYNC_FILE_RANGE_WRITE = 2
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 NOT_THERE = {errno.ENOENT, errno.ELOOP}  # gone since it was listed, or a link that leads to itself
 NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -74,6 +78,15 @@ class Local:
             os.replace(temporary, path)
         if durable:
             sync_folder(folder)
+
+    def sync(self, folder: str, names: Iterable[str]) -> None:
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(folder)
 
     def create(self, path: str, content: memoryview) -> bool:
         """A link is made or not, and what it leads to is whole; `open(O_EXCL)` shows an empty file first."""
@@ -172,8 +185,17 @@ def _fill(descriptor: int, content: memoryview, durable: bool) -> None:
             done += os.write(descriptor, content[done:])
         if durable:
             os.fsync(descriptor)
+        elif len(content) >= EARLY_BYTES:
+            _begin_writeback(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _begin_writeback(descriptor: int) -> None:
+    """Have the disk begin now, not only when `sync` is called. Waits for nothing, and promises nothing."""
+    if sys.platform == "linux":
+        start = length = ctypes.c_int64(0)  # all of the file
+        ctypes.CDLL(None).sync_file_range(descriptor, start, length, SYNC_FILE_RANGE_WRITE)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import posixpath
 import threading
 import time
 import weakref
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any
 
 import fsspec.asyn
@@ -128,6 +128,9 @@ class Store:
     def write(self, path: str, content: memoryview, durable: bool) -> None:
         del durable  # a store answers when it has what it was given
         self.call("pipe_file", path, bytes(content))
+
+    def sync(self, folder: str, names: Iterable[str]) -> None:
+        del folder, names
 
     def create(self, path: str, content: memoryview) -> bool:
         if self.protocol not in EXCLUSIVE:

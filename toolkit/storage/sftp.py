@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import posixpath
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 from toolkit.storage.local import TEMPORARY
@@ -67,6 +67,19 @@ class Sftp(Store):
     async def _put(self, path: str, content: memoryview, durable: bool) -> None:
         async with self._channel() as channel, self._filled(channel, path, content, durable) as temporary:
             await channel.posix_rename(temporary, path)
+
+    def sync(self, folder: str, names: Iterable[str]) -> None:
+        self.wait(self._sync([posixpath.join(folder, name) for name in names]))
+
+    async def _sync(self, paths: list[str]) -> None:
+        from asyncssh.sftp import SFTPOpUnsupported
+
+        async with self._channel() as channel:
+            for path in paths:
+                async with channel.open(path, "rb") as file:
+                    with contextlib.suppress(SFTPOpUnsupported):
+                        await file.fsync()
+                self.moved()
 
     def create(self, path: str, content: memoryview) -> bool:
         return bool(self.wait(self._create(path, content)))
