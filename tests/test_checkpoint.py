@@ -435,7 +435,10 @@ def test_a_rank_that_never_delivers_is_waited_for_only_so_long(folder: str, monk
     rank = world(archive, 3)[0]
     rank.save(wide_state(step=2))
     rank.wait()
-    assert rank.failure == "the checkpoint of step 2 could not be saved: ranks [1, 2] have written nothing for 0 s"
+    assert rank.failure == (
+        "the checkpoint of step 2 could not be saved: ranks [1, 2] have written nothing for 0 s; "
+        f"is {archive.folder(2)} the same place for all ranks?"
+    )
     assert archive.steps() == [1]
     assert not storage.sizes(archive.folder(2))
 

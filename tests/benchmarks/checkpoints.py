@@ -7,7 +7,6 @@ counts. Ours checksums what it writes, and verifies what it reads; nobody else d
 
 import argparse
 import contextlib
-import gc
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ from torch.distributed import checkpoint as dcp
 from tests.benchmarks.measure import Table, a_state, in_turns, prefaulted
 from toolkit.checkpoint import Archive, Checkpointer, Policy, manifest
 from toolkit.checkpoint.state import to_plain
+from toolkit.session import settled
 
 TMPFS, DISK = Path("/dev/shm"), Path("/var/tmp")
 SAVE, LOAD, STALL = 0.8, 0.6, 1.5  # of a raw write's and read's throughput, of a copy's time
@@ -43,8 +43,6 @@ class Local:
         self.stalls = [0.0]
         for turn in (self.save_ours, self.copy):
             turn()
-        gc.collect()
-        gc.freeze()  # as a run does: see session.settle
 
     def save_ours(self) -> float:
         self.state.step += 1
@@ -149,7 +147,7 @@ def compare(table: Table, where: str, parent: Path, mib: int) -> None:
         sides = Local(Path(name, "all"), mib)
         others = {"torch.save": sides.save_torch, "DCP": sides.save_dcp, "safetensors": sides.save_safetensors}
         ours = {"ours": sides.save_ours, "stall": sides.stall_ours, "copy": sides.copy, "raw": sides.save_raw}
-        with prefaulted(3 * mib):
+        with prefaulted(3 * mib), settled():  # as a run is
             took_s = in_turns({**ours, **others})
             table.at_least(f"{where}: save s, raw write", took_s["ours"], took_s["raw"], SAVE)
             for other in others:

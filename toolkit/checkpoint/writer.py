@@ -109,7 +109,8 @@ def other_parts(folder: str, serial: str, ranks: frozenset[int]) -> Iterator[tup
                 raise OSError(f"rank {rank} could not save its share: {part.error}")
             yield name, part
         if waiting and time.monotonic() - since_s > PART_TIMEOUT_S:
-            raise OSError(f"ranks {sorted(waiting.values())} have written nothing for {PART_TIMEOUT_S:.0f} s")
+            late = f"ranks {sorted(waiting.values())} have written nothing for {PART_TIMEOUT_S:.0f} s"
+            raise OSError(f"{late}; is {storage.shown(folder)} the same place for all ranks?")
         if waiting:
             time.sleep(pause_s)
             pause_s = min(1.0, pause_s * 1.5)
