@@ -15,7 +15,7 @@ import torch
 
 from tests.campaigns import starts
 from tests.campaigns.starts import Forked
-from tests.dist.conftest import Stage
+from tests.dist.conftest import Stage, staged
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -31,12 +31,8 @@ def forkserver() -> None:
 @pytest.fixture
 def stage(workplace: Any) -> Iterator[Stage]:
     """A workplace whose commands start quickly and can be held before a step."""
-    stage = Stage(Forked(workplace.folder))
-    yield stage
-    left = stage.alive()
-    for process in left:
-        process.kill()
-    assert not left, f"processes left behind: {left}"
+    with staged(Forked(workplace.folder)) as stage:
+        yield stage
 
 
 def saved(stage: Stage, run: str) -> list[int]:

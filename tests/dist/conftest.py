@@ -1,5 +1,6 @@
 """What the tests of real ranks share: a command that can be held before a step, watched, and killed as a whole."""
 
+import contextlib
 import json
 import os
 import signal
@@ -128,11 +129,18 @@ class Stage:
         return found
 
 
-@pytest.fixture
-def stage(workplace: Any) -> Iterator[Stage]:
-    stage = Stage(workplace)
+@contextlib.contextmanager
+def staged(place: Any) -> Iterator[Stage]:
+    """A stage on which nobody may be left at the end."""
+    stage = Stage(place)
     yield stage
     left = stage.alive()
     for process in left:
         process.kill()
     assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture
+def stage(workplace: Any) -> Iterator[Stage]:
+    with staged(workplace) as stage:
+        yield stage
