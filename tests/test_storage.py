@@ -120,6 +120,13 @@ def test_sync_brings_every_file_and_then_the_folder_to_disk(tmp_path: Path, monk
     assert done == [f"{tmp_path}/a", f"{tmp_path}/b", str(tmp_path)]
 
 
+def test_a_new_folder_is_on_disk_whatever_is_written_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, fsync = list[str](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    storage.write(f"{tmp_path}/new/folder/file", b"content", durable=False)
+    assert done == [str(tmp_path), f"{tmp_path}/new"]
+
+
 def test_a_failed_sync_is_told_by_name_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write(str(tmp_path / "a"), b"content", durable=False)
     failures = iter([OSError(errno.EIO, "Input/output error")])  # a second fsync would claim success

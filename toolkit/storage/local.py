@@ -72,7 +72,7 @@ class Local:
 
     def write(self, path: str, content: memoryview, durable: bool) -> None:
         folder = os.path.dirname(path)
-        _make_folders(folder, durable)
+        _make_folders(folder)
         with _temporary(folder) as temporary:
             _fill(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), content, durable)
             os.replace(temporary, path)
@@ -91,7 +91,7 @@ class Local:
     def create(self, path: str, content: memoryview) -> bool:
         """A link is made or not, and what it leads to is whole; `open(O_EXCL)` shows an empty file first."""
         folder = os.path.dirname(path)
-        _make_folders(folder, durable=True)
+        _make_folders(folder)
         with _temporary(folder) as temporary:
             _fill(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), content, durable=True)
             try:
@@ -112,7 +112,7 @@ class Local:
         return ""
 
     def move(self, path: str, new_path: str) -> None:
-        _make_folders(os.path.dirname(new_path), durable=True)
+        _make_folders(os.path.dirname(new_path))
         os.rename(path, new_path)
         for folder in {os.path.dirname(path), os.path.dirname(new_path)}:
             sync_folder(folder)
@@ -148,7 +148,7 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _make_folders(folder: str, durable: bool) -> None:
+def _make_folders(folder: str) -> None:
     """Make a folder and those above it. A name is on disk only when the folder that holds it is."""
     missing = []
     while not os.path.isdir(folder):
@@ -160,8 +160,7 @@ def _make_folders(folder: str, durable: bool) -> None:
         except FileExistsError:
             if not os.path.isdir(name):
                 raise
-        if durable:
-            sync_folder(os.path.dirname(name))
+        sync_folder(os.path.dirname(name))
 
 
 def _create_without_link(path: str, content: memoryview) -> bool:
