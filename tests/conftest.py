@@ -103,6 +103,20 @@ def workplace(tmp_path: Path) -> Workplace:
     return place
 
 
+@contextlib.contextmanager
+def small_disk_of(size: str, folder: Path) -> Iterator[Path]:
+    """A file system of its own, mounted in the folder. Skips where that cannot be had, but not on CI's machine."""
+    place = folder / "disk"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    if done.returncode:
+        missing = f"a small disk cannot be mounted here: {done.stderr.strip()}; it takes root"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(missing)
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True, timeout=30)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """A test that leaves a process running fails."""

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from math import isnan
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conftest import small_disk_of
 from tests.states import (
     MODELS,
     OPTIMIZERS,
@@ -583,20 +583,8 @@ def test_what_must_not_be_older_than_a_checkpoint_is_done_just_before_its_manife
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[str]:
-    """A file system of 2 MiB."""
-    if os.geteuid() != 0:
-        assert os.environ.get("CI") != "true", "CI must run this as root: it mounts a file system"
-        pytest.skip("only root can mount a small file system")
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        assert os.environ.get("CI") != "true", f"CI must be able to mount a file system: {mounted.stderr}"
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr}")
-    yield str(place)
-    subprocess.run(["umount", "--lazy", str(place)], check=True, timeout=30)
+    with small_disk_of("2m", tmp_path) as place:
+        yield str(place)
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])

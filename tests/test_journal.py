@@ -1,9 +1,7 @@
 """Metrics on disk: one line a step, whatever is killed, whatever is full."""
 
 import json
-import os
 import resource
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import small_disk_of
 from toolkit import storage
 from toolkit.journal import Journal
 
@@ -36,16 +35,8 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for 16 KiB."""
-    if os.getuid() != 0:
-        pytest.skip("mounting a small disk takes root")
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", place], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with small_disk_of("16k", tmp_path) as place:
+        yield place
 
 
 def written(url: str, last_step: int, *steps: int, attempt: int = 1) -> Journal:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from tests.campaigns import starts
 from tests.campaigns.starts import Forked
+from tests.conftest import small_disk_of
 from tests.dist.conftest import Stage, staged
 
 pytestmark = pytest.mark.timeout(120)
@@ -409,16 +409,8 @@ def test_a_run_whose_last_save_fails_has_failed_and_goes_on_from_the_one_before(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for 6 MiB."""
-    if os.getuid() != 0:
-        pytest.skip("mounting a small disk takes root")
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with small_disk_of("6m", tmp_path) as place:
+        yield place
 
 
 def test_a_full_disk_fails_saves_and_tears_nothing_and_all_is_well_when_there_is_room_again(
