@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,18 @@ PACKAGE = ROOT / "toolkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import those after the colon, and itself. Whoever wants more must change the design first.
-LEAVES = {"errors", "randomness", "secret"}
+LEAVES = {"errors", "randomness", "secret", "pulse"}
 MAY_IMPORT = {
     "errors": set(),
     "randomness": set(),
     "secret": set(),
+    "pulse": set(),
     "signals": set(),
     "storage": LEAVES,
     "config": LEAVES,
     "components": LEAVES,
     "distributed": LEAVES,
+    "agreement": LEAVES | {"distributed"},
     "models": LEAVES,
     "tasks": LEAVES,
     "optim": LEAVES | {"components"},
@@ -35,7 +38,7 @@ MAY_IMPORT = {
     "journal": LEAVES | {"storage"},
     "run": LEAVES | {"storage", "lock", "journal"},
     "checkpoint": LEAVES | {"storage", "distributed"},
-    "trainer": LEAVES | {"distributed"},
+    "trainer": LEAVES | {"distributed", "agreement"},
     "observers": LEAVES | {"storage", "run", "checkpoint", "distributed"},
     "diagnosis": LEAVES | {"datasets", "trainer"},
     "persistence": LEAVES | {"storage", "config", "run", "distributed", "optim", "checkpoint", "trainer", "observers"},
@@ -108,6 +111,13 @@ def test_public_names_can_be_imported_and_no_module_has_the_name_of_one() -> Non
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, toolkit.cli, toolkit.supervisor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+def test_a_bare_pytest_runs_every_test_file(pytestconfig: pytest.Config) -> None:
+    ignored = pytestconfig.getini("norecursedirs")
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    assert "dist" in folders
+    assert not [name for name in folders for pattern in ignored if fnmatch(name, pattern)]
 
 
 # From the command line to loss.backward(), in reading order; the set-up of job and ranks is part of it.

@@ -141,7 +141,7 @@ def test_a_stopped_run_is_saved_and_the_same_command_goes_on(
     assert (status["state"], status["exit"]) == ("preempted", 75)
     assert 15 < status["step"] < STEPS
     saved = stage.folder / "runs/x/checkpoints" / f"step-{status['step']:08d}" / "manifest.json"
-    assert json.loads(saved.read_text())["step"] == status["step"]
+    assert json.loads(saved.read_text())["manifest"]["step"] == status["step"]
     assert stage.place.metrics("runs/x")[-1]["step"] == status["step"]
 
     assert f"resuming at step {status['step']}" in stage.run(*words)
