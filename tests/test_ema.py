@@ -133,8 +133,8 @@ def test_an_evaluation_that_fails_leaves_the_weights_as_they_were() -> None:
 
 def test_averages_and_evaluations_do_not_touch_training() -> None:
     class Evaluating(Averaging):
-        def after_step(self, trainer: Any, agreed: frozenset[str]) -> None:
-            super().after_step(trainer, agreed)
+        def after_step(self, trainer: Any) -> None:
+            super().after_step(trainer)
             trainer.evaluate([[samples()]] * 3)
 
     plain, watched = trainer_of(network(nn.Dropout(0.5))), averaged(0.9, nn.Dropout(0.5))

@@ -1,6 +1,7 @@
 """The loop in a process of its own: gradients, clipping, precision, modes, rehearsal, and a loss that is lost."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from toolkit import session
+from toolkit.agreement import Agreement
 from toolkit.checkpoint import Archive, Checkpointer
 from toolkit.config import Component, load_job
 from toolkit.datasets.loader import Batch
 from toolkit.distributed import ALONE
 from toolkit.observers.checkpoints import Checkpoints
+from toolkit.observers.evaluation import Evaluation
 from toolkit.optim import build_optimizer, freeze
 from toolkit.tasks import Classification
 from toolkit.trainer import LostLossError, Trainer
@@ -301,20 +304,45 @@ def test_fit_stops_where_the_ranks_agree_and_tells_the_observers() -> None:
         def start(self, trainer: Trainer) -> None:
             told.append("start")
 
-        def after_step(self, trainer: Trainer, agreed: frozenset[str]) -> None:
-            told.append((trainer.state.step, set(agreed)))
+        def after_step(self, trainer: Trainer) -> None:
+            told.append((trainer.state.step, set(trainer.agreed)))
 
         def end(self, trainer: Trainer) -> None:
             told.append("end")
 
-    class StopAtTwo:
-        def after(self, step: int) -> frozenset[str]:
-            return frozenset({"stop"} if step == 2 else ())
-
     trainer = trainer_of(network())
-    trainer.fit([[samples()]] * 6, [Observer()], StopAtTwo())
+    trainer.fit([[samples()]] * 6, [Observer()], Agreement(ALONE, {"stop": lambda: trainer.state.step == 2}))
     assert told == ["start", (1, set()), (2, {"stop"}), "end"]
     assert not trainer.finished
+
+
+def test_a_stop_before_the_first_step_takes_none() -> None:
+    trainer, before = trainer_of(network()), weights(trainer_of(network()))
+    trainer.fit([[samples()]] * 6, (), Agreement(ALONE, {"stop": lambda: True}))
+    assert trainer.state.step == 0
+    assert torch.equal(weights(trainer), before)
+
+
+def test_a_stop_breaks_an_evaluation_off_and_the_next_start_makes_up_for_it() -> None:
+    trainer, taken, reported = trainer_of(network()), list[int](), {1: ["train/loss"], 2: ["train/loss", "val/loss"]}
+
+    def val() -> Iterator[list[Batch]]:
+        for number in range(5):
+            taken.append(number)
+            yield [samples()]
+
+    observers = [Evaluation(lambda step: True, val, None, lambda step: reported.get(step, []))]
+    trainer.fit([[samples()]] * 6, observers, Agreement(ALONE, {"stop": lambda: len(taken) == 3}))
+    assert taken == [0, 1, 2], "not one batch more"
+    assert (trainer.state.step, trainer.report) == (1, {})
+
+    trainer.agreed = frozenset()
+    observers[0].start(trainer)
+    assert trainer.report.keys() == {"val/accuracy", "val/loss"}
+    for step in (2, 3):  # what is reported is not owed, and where there is no line there was no evaluation
+        trainer.state.step, trainer.report = step, {}
+        observers[0].start(trainer)
+        assert trainer.report == {}
 
 
 @pytest.mark.parametrize(("every_steps", "saved", "suspects"), [(1, [1, 2], range(2, 3)), (2, [2], range(2, 4))])
@@ -332,7 +360,7 @@ def test_a_lost_loss_ends_the_run_and_is_never_saved(
     class AfterSaves:
         def start(self, trainer: Trainer) -> None: ...
 
-        def after_step(self, trainer: Trainer, agreed: frozenset[str]) -> None:
+        def after_step(self, trainer: Trainer) -> None:
             if trainer.state.step % every_steps == 0:
                 trainer.interval.restart()
 

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -176,55 +175,6 @@ def _broadcast(value: Any, source: int) -> Any:
     content = content if content.numel() else torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(content, source)
     return json.loads(content.numpy().tobytes())
-
-
-class Agreement:
-    """Ranks decide together (law 4): what any rank wishes after some step, all learn after the same step.
-
-    `wishes` maps a name, such as "stop", to a function that says whether this rank wants it now. Asking the others
-    costs a reduction of some 200 us, so they are asked every k steps; rank 0 chooses k so that it costs at most 0.5% of
-    the time and is at most 1 s late.
-    """
-
-    COST, REACTION_S = 0.005, 1.0
-
-    def __init__(self, ranks: Ranks, wishes: Mapping[str, Callable[[], bool]]) -> None:
-        self.ranks, self.wishes = ranks, wishes
-        self.next_step, self.asked_step, self.asked_s = 0, 0, time.monotonic()
-
-    def after(self, step: int) -> frozenset[str]:
-        """The wishes that all ranks now know of. To be called by every rank after every step."""
-        if step < self.next_step:
-            return _NO_WISH
-        wanted = [wish() for wish in self.wishes.values()]
-        if self.ranks.world_size > 1:
-            wanted = self._asked(step, wanted)
-        return (
-            frozenset(name for name, yes in zip(self.wishes, wanted, strict=True) if yes) if any(wanted) else _NO_WISH
-        )
-
-    def _asked(self, step: int, wanted: list[bool]) -> list[bool]:
-        start_s = time.monotonic()
-        period = self._period(step, start_s) if self.ranks.leads else 0
-        votes = torch.tensor([*wanted, period])
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
-        *agreed, period = votes.tolist()
-        self.cost_s = time.monotonic() - start_s
-        self.next_step, self.asked_step, self.asked_s = step + period, step, start_s
-        return [bool(vote) for vote in agreed]
-
-    cost_s = 2e-4
-
-    def _period(self, step: int, now_s: float) -> int:
-        """Steps until the next question, from the measured time of a step and of a question."""
-        step_s = max((now_s - self.asked_s) / max(1, step - self.asked_step), 1e-6)
-        affordable = min(self.cost_s, 1e-3) / (
-            self.COST * step_s
-        )  # a question that waited for a slow rank was not the cost of asking
-        return max(1, min(round(affordable + 0.5), int(self.REACTION_S / step_s)))
-
-
-_NO_WISH: frozenset[str] = frozenset()
 
 
 def describe() -> dict[str, Any]:

@@ -11,6 +11,9 @@ from typing import Any
 
 from toolkit import storage
 
+Line = Mapping[str, Any]
+_NOTHING: Line = {}
+
 
 class Journal:
     """A file of JSON lines that grows.
@@ -29,12 +32,15 @@ class Journal:
         self._uploaded_s = 0.0
         self._uploading = threading.Lock()
 
-    def open(self, last_step: int) -> None:
-        """Start appending after the lines of steps up to `last_step`; later ones, of a past that is no more, are cut
-        off.
+    def open(self, last_step: int, amendment: Line = _NOTHING) -> None:
+        """Start appending after the lines of steps up to `last_step`, the last of which gets an amendment; later ones,
+        of a past that is no more, are cut off.
         """
         kept = [line for line in self.read() if line["step"] <= last_step]
-        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        if kept and kept[-1]["step"] == last_step:
+            kept[-1] |= _plain(amendment)
+        self.close(upload=False)
+        content = b"".join(map(_encoded, kept))
         storage.write(self.url, content)
         path = storage.local_path(self.url)
         if path is None:
@@ -43,12 +49,9 @@ class Journal:
         else:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run is
 
-    def append(self, line: Mapping[str, Any]) -> None:
+    def append(self, line: Line) -> None:
         """Add a line. What is no finite number becomes null, for JSON knows no other."""
-        plain = {
-            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in line.items()
-        }
-        self._pending += json.dumps(plain, allow_nan=False).encode() + b"\n"
+        self._pending += _encoded(_plain(line))
         self._flush()
 
     @property
@@ -83,11 +86,15 @@ class Journal:
     def read(self) -> list[dict[str, Any]]:
         """All lines, oldest first."""
         try:
-            content = storage.read(self.url)
+            content = storage.read(self._file.name if self._file else self.url)
         except FileNotFoundError:
             return []
         whole, _, _ = content.rpartition(b"\n")  # a line that a kill cut short has no end
         return [json.loads(line) for line in whole.decode().split("\n") if line]
+
+    def names_at(self, step: int) -> list[str]:
+        """What the line of a step tells of; nothing if there is none."""
+        return [name for line in self.read() if line["step"] == step for name in line]
 
     def _flush(self) -> None:
         """Append what is pending, whole or not at all."""
@@ -99,3 +106,11 @@ class Journal:
             self.problem = f"{storage.shown(self.url)} cannot be written: {error}"
         else:
             self.problem = None
+
+
+def _plain(line: Line) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in line.items()}
+
+
+def _encoded(line: Line) -> bytes:
+    return json.dumps(line, allow_nan=False).encode() + b"\n"

@@ -13,16 +13,18 @@ import torch
 from rich.console import Console
 
 from toolkit import components, datasets, diagnosis, distributed, optim, persistence, storage
+from toolkit.agreement import Agreement
 from toolkit.config import Fraction, Job
 from toolkit.config.text import dump
 from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
 from toolkit.datasets.transforms import TRANSFORMS
-from toolkit.distributed import ALONE, Agreement, Ranks
+from toolkit.distributed import ALONE, Ranks
 from toolkit.errors import JobError, RunError
 from toolkit.models import MODELS
 from toolkit.observers.averaging import Averaging
+from toolkit.observers.beat import Beat
 from toolkit.observers.checkpoints import Checkpoints
 from toolkit.observers.evaluation import Batches, Evaluation
 from toolkit.observers.heartbeat import Heartbeat
@@ -218,20 +220,27 @@ def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Co
 
     device = parts.trainer.device
     averaging = [Averaging()] if parts.trainer.state.ema else []
-    evaluation = Evaluation(due, _whole(parts.val, job, device), _whole(parts.test, job, device))
+
+    def reported(step: int) -> list[str]:
+        names: list[str] = distributed.from_rank_0(lambda: run.metrics.names_at(step))
+        return names
+
+    evaluation = Evaluation(due, _whole(parts.val, job, device), _whole(parts.test, job, device), reported)
     progress, leads = ProgressBar(console), parts.trainer.ranks.leads
     sinks = [run.metrics.append, progress.show] if leads else []
-    metrics = Metrics(job.log.every_steps, steps_per_epoch, sinks, job.checkpoint.every_steps, saves.counts)
+    amend = run.metrics.open if leads else lambda step, values: None
+    metrics = Metrics(job.log.every_steps, steps_per_epoch, sinks, job.checkpoint.every_steps, saves.counts, amend)
     heartbeat = Heartbeat(run, steps_per_epoch, saves.checkpointer, _to(console))
     told: list[Observer] = [heartbeat, progress] if leads else []
-    return [*averaging, evaluation, metrics, saves, *told]
+    return [*averaging, evaluation, metrics, saves, *told, Beat()]
 
 
 def _ended(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
     """Say how it ended, in status.json and on the console."""
     trainer, step = parts.trainer, parts.trainer.state.step
     state, exit_status, reason = "completed", 0, None
-    if not trainer.finished:
+    broken_off = "stop" in trainer.agreed and (parts.val or parts.test)  # the last evaluation is still to be made
+    if broken_off or not trainer.finished:
         state, exit_status = "preempted", 75
         reason = f"stopped by {signals.received.name}" if signals.received else "another rank was asked to stop"
     metrics: dict[str, float] = {}
@@ -247,7 +256,7 @@ def _ended(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Cons
         progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch}
         run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
         console.print(summary, **_PLAIN)
-        if not trainer.finished:
+        if exit_status:
             console.print("Everything is saved; the same command goes on from here.", **_PLAIN)
     distributed.leave()
     return Result(state, run.url, step, metrics)

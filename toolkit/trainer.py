@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from toolkit import distributed
-from toolkit.distributed import ALONE, Agreement, Ranks
+from toolkit import distributed, pulse
+from toolkit.agreement import Agreement
+from toolkit.distributed import ALONE, Ranks
 from toolkit.errors import RunError
 from toolkit.randomness import derive, seed_everything
 
@@ -53,7 +54,7 @@ class Observer(Protocol):
 
     def start(self, trainer: "Trainer") -> None: ...
 
-    def after_step(self, trainer: "Trainer", agreed: frozenset[str]) -> None: ...
+    def after_step(self, trainer: "Trainer") -> None: ...
 
     def end(self, trainer: "Trainer") -> None: ...
 
@@ -88,6 +89,7 @@ class Trainer:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.interval = Interval(device, global_batch_size)
         self.evaluating, self.output_shape = False, torch.Size()
+        self.agreement, self.agreed = Agreement(ranks, {}), frozenset[str]()
         self.report: dict[str, float] = {}  # what this step has to say beside its losses, such as val/accuracy
 
     @property
@@ -98,17 +100,17 @@ class Trainer:
         self, steps: Iterable[Sequence[Any]], observers: Sequence[Observer] = (), agreement: Agreement | None = None
     ) -> None:
         """Take every step, or those before the ranks agree to stop."""
-        agreement = agreement or Agreement(self.ranks, {})
+        self.agreement = agreement or self.agreement
         _train_mode(self.model)
         for observer in observers:
             observer.start(self)
-        for micro_batches in steps:
+        self.agreed |= self.agreement.reached()  # a stop may have come while everything was made
+        feed = iter(steps)
+        while "stop" not in self.agreed and (micro_batches := next(feed, None)):
             self.step(micro_batches)
-            agreed = agreement.after(self.state.step)
+            self.agreed = self.agreement.reached()
             for observer in observers:
-                observer.after_step(self, agreed)
-            if "stop" in agreed:
-                break
+                observer.after_step(self)
         for observer in observers:
             observer.end(self)
 
@@ -196,9 +198,9 @@ class Trainer:
     def evaluate(self, steps: Iterable[Sequence[Any]]) -> dict[str, float]:
         """The task's metrics over a whole set: sums over all samples of all ranks, divided once at the end.
 
-        Of the averaged weights, if the state has them.
+        Of the averaged weights, if the state has them. Nothing is returned if the ranks agree to stop meanwhile.
         """
-        model, started_s = self.state.model, time.monotonic()
+        model, started_s, asking = self.state.model, time.monotonic(), self.agreement.afresh()
         distributed.same_buffers(model)
         model.eval()
         self.evaluating = True  # for words, if it fails
@@ -206,6 +208,10 @@ class Trainer:
         averaged = self.state.ema.applied(model) if self.state.ema else nullcontext()
         with averaged, torch.inference_mode():
             for batch in (batch for step in steps for batch in step):
+                pulse.beat("evaluation")
+                if "stop" in asking.reached():
+                    self.agreed |= {"stop"}
+                    break
                 with self.eval_autocast:
                     output = model(batch.input)
                 for name, (numerator, denominator) in self.task.metrics(output, batch.target).items():
@@ -216,6 +222,8 @@ class Trainer:
         _train_mode(model)
         self.evaluating = False
         self.interval.elsewhere_s += time.monotonic() - started_s
+        if "stop" in self.agreed:
+            return {}
         return {
             name: ratio[0] / ratio[1]
             for name in sorted(sums)

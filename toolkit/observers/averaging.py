@@ -9,7 +9,7 @@ class Averaging:
     def start(self, trainer: Any) -> None:
         pass
 
-    def after_step(self, trainer: Any, agreed: frozenset[str]) -> None:
+    def after_step(self, trainer: Any) -> None:
         trainer.state.ema.update(trainer.state.model)
 
     def end(self, trainer: Any) -> None:

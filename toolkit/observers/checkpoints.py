@@ -5,6 +5,7 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
+from toolkit import pulse
 from toolkit.checkpoint import Checkpointer
 from toolkit.errors import RunError
 
@@ -37,6 +38,9 @@ class Checkpoints:
 
     def start(self, trainer: Any) -> None:
         self.started_s = time.monotonic()
+        score, improved = self._judged(trainer)
+        if improved:  # an evaluation that the start before had broken off
+            self._save(trainer, score)
 
     def wanted(self) -> bool:
         """This rank's wish to save now: the time is up, or somebody has asked; the ranks agree on it first."""
@@ -47,35 +51,41 @@ class Checkpoints:
         """This rank's wish to stop, because a save has failed and the job says that this ends the run."""
         return self.stops_on_error and self.checkpointer.failures > 0
 
-    def after_step(self, trainer: Any, agreed: frozenset[str]) -> None:
+    def after_step(self, trainer: Any) -> None:
         state, saver = trainer.state, self.checkpointer
         if self.tried_step is None:
             self.tried_step = 0
             saver.prepare(state)  # now the optimizer has its moments, and no save has waited for memory yet
         self._report()
-        score = trainer.report.get(self.metric) if self.metric else None
-        if score is not None and not isfinite(score):
-            score = None  # a nan would be the best for ever
-        improved = score is not None and self._better(score, state.best)
-        if improved:
-            state.best = score
+        score, improved = self._judged(trainer)
         due = self.every_steps and state.step % self.every_steps == 0
-        if due or improved or agreed or trainer.finished:
+        if due or improved or trainer.agreed or trainer.finished:
             self._save(trainer, score)
 
     def save_first(self, trainer: Any) -> None:
         """Save before the first step, and wait: for a run that begins with weights from elsewhere."""
-        self.start(trainer)
         self._save(trainer, None)
         self.end(trainer)
 
+    def _judged(self, trainer: Any) -> tuple[float | None, bool]:
+        """(the score of this step's evaluation if there was one, whether it is the best so far)."""
+        score = trainer.report.get(self.metric) if self.metric else None
+        if score is None or not isfinite(score):  # a nan would be the best for ever
+            return None, False
+        improved = self._better(score, trainer.state.best)
+        if improved:
+            trainer.state.best = score
+        return score, improved
+
     def _save(self, trainer: Any, score: float | None) -> None:
+        pulse.beat("save")
         trainer.mean_loss()  # raises if it is no number: a model that is lost is not worth a checkpoint
         self.checkpointer.save(trainer.state, score, self.before_commit)
         self.tried_step, self.started_s = trainer.state.step, time.monotonic()
 
     def end(self, trainer: Any) -> None:
         """Wait for the last save. Raises RunError if the run's last step is not safe, or a failure was to end it."""
+        pulse.beat("save")
         self.checkpointer.wait()
         self._report()
         if self.broken() and not self.checkpointer.failure:

@@ -25,7 +25,7 @@ class Heartbeat:
     def start(self, trainer: Any) -> None:
         self.run.set_status("running", reason=None, exit=None, **self._progress(trainer))
 
-    def after_step(self, trainer: Any, agreed: frozenset[str]) -> None:
+    def after_step(self, trainer: Any) -> None:
         now_s = time.monotonic()
         if now_s < self.next_s:
             return

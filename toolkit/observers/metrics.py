@@ -11,7 +11,8 @@ class Metrics:
     """Gives each line to every sink: the run's metrics.jsonl, the console.
 
     Other ranks than 0 have no sinks but take part in the sums. There is a line at each save, so that none averages over
-    a resume: the losses before it are no more.
+    a resume: the losses before it are no more. `amend` adds to the line of a step what an evaluation says that the
+    start before had broken off.
     """
 
     def __init__(
@@ -21,17 +22,20 @@ class Metrics:
         sinks: Sequence[Callable[[Line], None]],
         saved_every_steps: int | None = None,
         counts: Callable[[], Line] = dict,
+        amend: Callable[[int, Line], None] = lambda step, values: None,
     ) -> None:
         self.every_steps, self.steps_per_epoch, self.sinks = every_steps, steps_per_epoch, sinks
-        self.saved_every_steps, self.counts = saved_every_steps or every_steps, counts
+        self.saved_every_steps, self.counts, self.amend = saved_every_steps or every_steps, counts, amend
 
     def start(self, trainer: Any) -> None:
         self.since_s = time.monotonic()
+        if trainer.report:
+            self.amend(trainer.state.step, trainer.report)
 
-    def after_step(self, trainer: Any, agreed: frozenset[str]) -> None:
+    def after_step(self, trainer: Any) -> None:
         step = trainer.state.step
         due = step % self.every_steps == 0 or step % self.saved_every_steps == 0
-        if not (due or trainer.report or agreed or trainer.finished):
+        if not (due or trainer.report or trainer.agreed or trainer.finished):
             return
         loss = trainer.mean_loss()
         interval, now_s = trainer.interval, time.monotonic()

@@ -26,7 +26,7 @@ class ProgressBar:
         self.task = self.bar.add_task("train", total=trainer.total_steps, completed=trainer.state.step, words="")
         self.bar.start()
 
-    def after_step(self, trainer: Any, agreed: frozenset[str]) -> None:
+    def after_step(self, trainer: Any) -> None:
         now_s = time.monotonic()
         if now_s >= self.next_s and self.console.is_terminal:
             self.bar.update(self.task, completed=trainer.state.step, words=self.words, refresh=True)
