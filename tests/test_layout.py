@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "datasets": LEAVES | {"components", "storage"},
     "lock": LEAVES | {"storage"},
     "journal": LEAVES | {"storage"},
-    "run": LEAVES | {"storage", "lock", "journal"},
+    "provenance": LEAVES,
+    "world": LEAVES | {"distributed", "provenance"},
+    "run": LEAVES | {"storage", "lock", "journal", "provenance"},
     "checkpoint": LEAVES | {"storage", "distributed"},
     "trainer": LEAVES | {"distributed", "agreement"},
     "observers": LEAVES | {"storage", "run", "checkpoint", "distributed"},
@@ -45,7 +47,12 @@ MAY_IMPORT = {
     "inspection": LEAVES | {"storage", "config", "run", "lock", "checkpoint", "persistence"},
     "fork": LEAVES | {"storage", "config", "run", "checkpoint", "persistence"},
     "proof": LEAVES | {"storage", "config", "run", "checkpoint"},
-    "supervisor": LEAVES | {"run", "storage", "config", "signals"},
+    "attempt": LEAVES | {"signals"},
+    "oom": LEAVES,
+    "watchdog": LEAVES | {"attempt"},
+    "postmortem": LEAVES | {"storage", "run", "oom"},
+    "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
+    "supervisor": LEAVES | {"run", "lock", "storage", "config", "signals", "attempt", "watchdog", "postmortem", "oom"},
 }
 ROOTS = {"session", "cli", "__init__", "__main__"}
 DOORS = {
@@ -55,7 +62,7 @@ DOORS = {
     "safetensors": {"checkpoint"},
     "typer": {"cli"},
 }
-READS_ENVIRONMENT = {"cli", "distributed", "supervisor", "cluster"}
+READS_ENVIRONMENT = {"cli", "world", "cluster"}
 
 
 def _part(path: Path) -> str:

@@ -251,12 +251,11 @@ def test_who_was_taken_over_tells_nothing_any_more(tmp_path: Path, opened: Opens
     old.close()
     assert [Run(url).status()[key] for key in ("attempt", "state", "step")] == [2, "running", 2]
     assert [line["attempt"] for line in Run(url).metrics.read()] == [2]
-    assert (Run(url).attempt_of(os.getpid()), Run(url).attempt_of(1)) == (2, None)
 
 
 def test_a_run_whose_rank_is_gone_can_be_marked_as_failed(url: str, opened: Opens) -> None:
     opened(url).set_status("running", step=3)
-    Run(url).failed("rank 1 was killed")
+    Run(url).ended("failed", "rank 1 was killed", 1)
     status = Run(url).status()
     assert [status[key] for key in ("state", "step", "reason", "exit")] == ["failed", 3, "rank 1 was killed", 1]
 

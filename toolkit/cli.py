@@ -215,12 +215,12 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # the user's own components are found from here
     watched = "TOOLKIT_ATTEMPT_DIR" in os.environ  # a rank of our supervisor, which `--help` need not import
     if watched:
-        from toolkit import supervisor
+        from toolkit import attempt
 
-        supervisor.enter_rank(os.environ)
+        attempt.enter_rank(os.environ)
     status, message = _run()
     if watched:
-        status = supervisor.leave_rank(os.environ, status, message)
+        status = attempt.leave_rank(os.environ, status, message)
     elif message:
         print(message, file=sys.stderr)
     sys.exit(status)

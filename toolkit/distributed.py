@@ -1,13 +1,11 @@
 """Ranks: who this process is among how many, and what they do together. One process is a world of size 1."""
 
 import json
-import os
-import socket
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from toolkit.errors import JobError, RunError
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-_START_TIMEOUT = timedelta(minutes=10)
+WORLD_ASKED = "TOOLKIT_WORLD_SIZE"  # set by whoever starts the ranks
+_TIMEOUT = timedelta(minutes=30)  # longer than launch.limits, which tell which rank it was
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,31 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
 
     A half-set environment is refused.
     """
-    given = [name for name in _NUMBERS[:3] if name in environment]
-    if not given:
+    if not any(name in environment for name in _NUMBERS[:3]):
+        _refuse_alone(environment)
         return ALONE
+    _refuse_halves(environment)
+    ranks = Ranks(*(int(environment[name]) for name in _NUMBERS[:3]))
+    if not ranks.local_rank <= ranks.rank < ranks.world_size:
+        values = {name: environment[name] for name in _NUMBERS}
+        raise JobError(f"the environment's ranks do not fit together: {values}; LOCAL_RANK <= RANK < WORLD_SIZE")
+    return ranks
+
+
+def _refuse_alone(environment: Mapping[str, str]) -> None:
+    """Raises JobError where a process without a rank is one of several: each would train for itself."""
+    if (tasks := environment.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+        raise JobError(
+            f"this is one of {tasks} tasks that srun has started, and none has a rank, so each would train for itself; "
+            "start one task a node, and in it torchrun"
+        )
+    if asked := environment.get(WORLD_ASKED):
+        raise JobError(f"{asked} ranks were asked for, but RANK, WORLD_SIZE and LOCAL_RANK are not set; use torchrun")
+
+
+def _refuse_halves(environment: Mapping[str, str]) -> None:
+    """Raises JobError where the environment says too little, or not what was asked for."""
+    given = [name for name in _NUMBERS[:3] if name in environment]
     missing = [name for name in (*_NUMBERS, "MASTER_ADDR") if not environment.get(name)]
     if missing:
         remedy = "start with torchrun, which sets all, or unset them"
@@ -53,10 +74,14 @@ def ranks_from(environment: Mapping[str, str]) -> Ranks:
     values = {name: environment[name] for name in _NUMBERS}
     if not all(value.isdecimal() for value in values.values()):
         raise JobError(f"the environment's {', '.join(_NUMBERS)} must be whole numbers, not {values}")
-    ranks = Ranks(*(int(values[name]) for name in _NUMBERS[:3]))
-    if not ranks.local_rank <= ranks.rank < ranks.world_size:
-        raise JobError(f"the environment's ranks do not fit together: {values}; LOCAL_RANK <= RANK < WORLD_SIZE")
-    return ranks
+    size, address = environment["WORLD_SIZE"], environment["MASTER_ADDR"]
+    if (asked := environment.get(WORLD_ASKED, size)) != size:
+        raise JobError(f"the world has {size} ranks where {asked} were asked for ({WORLD_ASKED})")
+    if environment.get("LOCAL_WORLD_SIZE", size) != size and re.match(r"localhost$|127\.|::1$", address):
+        raise JobError(
+            f"MASTER_ADDR is {address}, which is another machine on each, but only "
+            f"{environment['LOCAL_WORLD_SIZE']} of {size} ranks are here; give the head node's address"
+        )
 
 
 def choose_device(name: str, ranks: Ranks) -> torch.device:
@@ -84,10 +109,10 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def join(ranks: Ranks, device: torch.device) -> None:
-    """Meet the other ranks. They must all arrive within ten minutes."""
+    """Meet the other ranks. They must all arrive within half an hour."""
     if ranks.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=_START_TIMEOUT)
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=_TIMEOUT)
 
 
 def leave() -> None:
@@ -155,6 +180,22 @@ def from_rank_0(decide: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
+def gathered(value: Any) -> list[Any]:
+    """Every rank's plain data, in their order, on rank 0; elsewhere this rank's own alone."""
+    if not dist.is_initialized():
+        return [value]
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([content.numel()]))
+    padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
+    padded[: content.numel()] = content
+    places = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
+    dist.gather(padded, places)
+    if places is None:
+        return [value]
+    return [json.loads(place[: int(size)].numpy().tobytes()) for place, size in zip(places, sizes, strict=True)]
+
+
 def first_of_ranks(words: str) -> str:
     """The words of the lowest rank that has any, on every rank; nothing if none has."""
     if not dist.is_initialized():
@@ -175,27 +216,3 @@ def _broadcast(value: Any, source: int) -> Any:
     content = content if content.numel() else torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(content, source)
     return json.loads(content.numpy().tobytes())
-
-
-def describe() -> dict[str, Any]:
-    """What is worth knowing of this process's machine for provenance, and who it is for the run's lock."""
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "boot_id": _kernel_says(lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()),
-        "pid_namespace": _kernel_says(lambda: os.readlink("/proc/self/ns/pid")),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-        "slurm_restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def _kernel_says(read: Callable[[], str]) -> str | None:
-    """What Linux says; None elsewhere."""
-    try:
-        return read()
-    except OSError:
-        return None

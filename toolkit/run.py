@@ -4,22 +4,19 @@ Everything about a run is found from its URL (law 1).
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from toolkit import storage
+from toolkit import pulse, storage
 from toolkit.errors import JobError
 from toolkit.journal import Journal
-from toolkit.lock import Lock, newest_claim
+from toolkit.lock import Lock
+from toolkit.provenance import packages, source_code, without_secrets
 
 # What may differ between two starts of one run. All else makes another run, whatever it is called.
 MAY_CHANGE = {
@@ -31,7 +28,7 @@ MAY_CHANGE = {
 # Of what is known of a process, what tells it from others.
 WHO = ("host", "pid", "pid_namespace", "boot_id", "slurm_job_id", "slurm_restart_count")
 
-SAVE_NOW = "save-now"  # a request for a checkpoint
+SAVE_NOW, STOP = "save-now", "stop"  # requests for a checkpoint, and for an end as by SIGTERM
 COMPLETE = "This run is complete: raise train.epochs to go on, or start over with --fresh."
 
 
@@ -55,6 +52,11 @@ class Run:
     def problem(self) -> str | None:
         """What could not be written, or nothing."""
         return (self.lock.problem if self.lock else None) or self._unwritten
+
+    @property
+    def lost(self) -> bool:
+        """Whether another attempt has taken over, whose all of this is now."""
+        return self.lock is not None and self.lock.was_taken()
 
     def at(self, *names: str) -> str:
         """The URL of something in this run."""
@@ -95,18 +97,19 @@ class Run:
             start = {
                 "attempt": attempt,
                 "started_at": _now(),
-                "command": [_without_secrets(word) for word in started_with],
+                "command": [without_secrets(word) for word in started_with],
             }
             provenance |= {
                 "job": job,
                 "resolved": dict(resolved),
                 "attempts": [
                     *provenance["attempts"],
-                    start | dict(machine) | source_code() | {"packages": _packages()},
+                    start | dict(machine) | source_code() | {"packages": packages()},
                 ],
             }
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
+            self.granted(STOP)  # one that was left for an attempt before this one
         except OSError as error:
             self.lock.release()
             where = storage.shown(self.url)
@@ -114,7 +117,8 @@ class Run:
         except JobError:
             self.lock.release()
             raise
-        self._status = {"attempt": attempt, "host": machine.get("host"), "pid": os.getpid()}
+        self._status = {"attempt": attempt, "boot_id": machine.get("boot_id"), "host": machine.get("host"),
+                        "pid": os.getpid()}  # fmt: skip
         return attempt
 
     def refuse_drift(self, job: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
@@ -160,20 +164,21 @@ class Run:
     def set_status(self, state: str, **values: Any) -> None:
         """Replace status.json now: what is not named stays. Nothing is written once another attempt has taken over."""
         self.progress(state=state, **values)
-        if self.lock and self.lock.was_taken():
+        if self.lost:
             return
         with self._storing:
             storage.write(self.at("status.json"), _text(self._status))
 
-    def attempt_of(self, pid: int) -> int | None:
-        """The number of the newest attempt, if that is this process; None once another has taken over."""
-        claim = newest_claim(self.at("lock"))
-        return int(claim["attempt"]) if claim and claim["pid"] == pid else None
-
-    def failed(self, reason: str) -> None:
-        """Mark a run as failed whose own rank 0 no longer can."""
+    def ended(self, state: str, reason: str, exit_status: int) -> None:
+        """Write how a run has ended whose own rank 0 no longer can."""
         self._status = self.status() or {}
-        self.set_status("failed", reason=reason, exit=1)
+        self.set_status(state, reason=reason, exit=exit_status)
+
+    def newest_checkpoint(self) -> int | None:
+        """The step of the newest checkpoint that has a manifest, whatever its files are like."""
+        url = self.at("checkpoints")
+        steps = sorted((name for name in storage.names(url) if name.startswith("step-")), reverse=True)
+        return next((int(name[5:]) for name in steps if storage.exists(storage.join(url, name, "manifest.json"))), None)
 
     def ask(self, wish: str) -> None:
         """Leave a request for whoever trains here."""
@@ -194,7 +199,7 @@ class Run:
         Where another attempt has taken over, the remote copy of the metrics is its own.
         """
         with suppress(OSError):
-            self.metrics.close(upload=not (self.lock and self.lock.was_taken()))
+            self.metrics.close(upload=not self.lost)
         if self.lock:
             with suppress(OSError):  # then the next start sees that the heartbeat has stopped
                 self.lock.release()
@@ -204,7 +209,8 @@ class Run:
         try:
             with self._storing:
                 if self._status.get("state") == "running":  # an end that has been said must not be unsaid
-                    storage.write(self.at("status.json"), _text(self._status), durable=False)
+                    now = self._status | {"phase": pulse.last().phase}
+                    storage.write(self.at("status.json"), _text(now), durable=False)
             if self.metrics.overdue:
                 self.metrics.upload()
             self.wishes = frozenset(storage.names(self.at("requests")))
@@ -248,34 +254,6 @@ def _without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> 
         for key, value in tree.items()
         if prefix + key not in keys
     }
-
-
-def source_code() -> dict[str, Any]:
-    """The git commit and uncommitted changes of the folder the command runs in; nothing outside a repository."""
-    commit = _git("rev-parse", "HEAD")
-    return {"git_commit": commit, "git_diff": _git("diff", "HEAD")[:100_000]} if commit else {}
-
-
-def _git(*words: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *words], capture_output=True, text=True, errors="replace", timeout=20, check=False
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _packages() -> dict[str, str]:
-    about = [found.metadata for found in importlib.metadata.distributions()]  # parsed anew at each use
-    return {one["Name"]: one["Version"] for one in about if one["Name"]} | {"python": sys.version.split()[0]}
-
-
-def _without_secrets(word: str) -> str:
-    """A word of a command line without passwords: those in URLs, and the values of keys that sound like one."""
-    word = re.sub(r"(://)[^/\s]*@", r"\1…@", word)
-    word = re.sub(r"(?i)([?&][^=&]*(secret|token|password|credential|key|sig)[^=&]*)=[^&\s]*", r"\1=…", word)
-    return re.sub(r"(?i)^([^=]*(secret|token|password|credential|key)[^=]*)=.*", r"\1=…", word)
 
 
 def _now() -> str:

@@ -5,14 +5,14 @@ The only module that knows both the job file and the loop.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from toolkit import components, datasets, diagnosis, distributed, optim, persistence, storage
+from toolkit import components, datasets, diagnosis, distributed, ending, optim, persistence, postmortem, storage, world
 from toolkit.agreement import Agreement
 from toolkit.config import Fraction, Job
 from toolkit.config.text import dump
@@ -21,6 +21,7 @@ from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
 from toolkit.datasets.transforms import TRANSFORMS
 from toolkit.distributed import ALONE, Ranks
+from toolkit.ending import PLAIN, Result
 from toolkit.errors import JobError, RunError
 from toolkit.models import MODELS
 from toolkit.observers.averaging import Averaging
@@ -32,22 +33,10 @@ from toolkit.observers.metrics import Metrics
 from toolkit.observers.progress import ProgressBar
 from toolkit.observers.samples import recorded
 from toolkit.randomness import derive, seed_everything
-from toolkit.run import COMPLETE, Run
+from toolkit.run import COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
 from toolkit.tasks import TASKS
 from toolkit.trainer import Observer, Trainer
-
-_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "sep": "\n"}
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a start of a run ended: `completed`, or `preempted` with everything saved."""
-
-    state: str
-    url: str
-    step: int
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,13 +59,14 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
     signals = StopSignals().listen()
     device = distributed.choose_device(job.train.device, ranks)
     distributed.join(ranks, device)
+    machine = world.meet()
     run = Run(job.run.dir)
     if done := distributed.from_rank_0(lambda: run.completed(job.as_written())):
-        console.print(done["summary"], COMPLETE, **_PLAIN)
+        console.print(done["summary"], COMPLETE, **PLAIN)
         return Result("completed", run.url, done["step"], done["metrics"])
     parts = build(job, ranks, device)
     _rehearse(parts)
-    attempt = distributed.from_rank_0(lambda: _open(run, job, parts, command, console))
+    attempt = distributed.from_rank_0(lambda: _open(run, job, parts, machine, command, console))
     with settled():
         return _trained(run, job, parts, attempt, signals, console)
 
@@ -168,12 +158,16 @@ def settled() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _open(run: Run, job: Job, parts: Parts, command: Sequence[str], console: Console) -> int:
+def _open(run: Run, job: Job, parts: Parts, machine: dict[str, Any], command: Sequence[str], console: Console) -> int:
     """Take the lock and write the job down. Returns the number of this attempt."""
-    written = job.as_written()
+    written, before, say = job.as_written(), run.status() or {}, _to(console)
     run.refuse_drift(written, parts.resolved)
     persistence.check_origin(run, job, parts.trainer)
-    return run.open(dump(written), written, parts.resolved, command, distributed.describe(), _to(console))
+    attempt = run.open(dump(written), written, parts.resolved, command, machine, say)
+    if page := postmortem.of_silent_end(before, machine):
+        postmortem.write(run, page)
+        say(f"attempt {before['attempt']} ended without a word; see {storage.shown(run.at('postmortem.md'))}")
+    return attempt
 
 
 def _trained(run: Run, job: Job, parts: Parts, attempt: int, signals: StopSignals, console: Console) -> Result:
@@ -182,18 +176,18 @@ def _trained(run: Run, job: Job, parts: Parts, attempt: int, signals: StopSignal
     try:
         persistence.begin(run, job, trainer, saves, say)
         _announce(run, job, parts, console)
-        wishes = {"stop": lambda: signals.wanted() or saves.broken(), "save": saves.wanted}
+        wishes = {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
         trainer.fit(
             _remaining(run, job, parts, attempt),
             _observers(run, job, parts, saves, console),
             Agreement(trainer.ranks, wishes),
         )
-        return _ended(run, job, parts, signals, console)
+        epoch = trainer.state.step * job.data.global_batch_size // parts.steps.sampler.size
+        evaluates = bool(parts.val or parts.test)
+        return ending.ended(run, job.run.name, trainer, epoch, evaluates, signals, console)
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
-        if trainer.ranks.leads:
-            with suppress(OSError):  # the cause is what matters, and it is shown whatever the store does
-                run.set_status("failed", step=trainer.state.step, reason=str(cause), exit=1)
+        ending.failed(run, trainer, attempt, cause)
         raise cause from error
     finally:
         run.close()
@@ -235,35 +229,8 @@ def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Co
     return [*averaging, evaluation, metrics, saves, *told, Beat()]
 
 
-def _ended(run: Run, job: Job, parts: Parts, signals: StopSignals, console: Console) -> Result:
-    """Say how it ended, in status.json and on the console."""
-    trainer, step = parts.trainer, parts.trainer.state.step
-    state, exit_status, reason = "completed", 0, None
-    broken_off = "stop" in trainer.agreed and (parts.val or parts.test)  # the last evaluation is still to be made
-    if broken_off or not trainer.finished:
-        state, exit_status = "preempted", 75
-        reason = f"stopped by {signals.received.name}" if signals.received else "another rank was asked to stop"
-    metrics: dict[str, float] = {}
-    if trainer.ranks.leads:
-        run.metrics.close()  # raises if a line could not be written, and then this is no good end
-        lines = [line for line in run.metrics.read() if line["step"] == step]
-        reported = {name: value for line in lines for name, value in line.items() if value is not None}
-        metrics = {name: value for name, value in reported.items() if name.startswith(("val/", "test/"))}
-        found = "".join(f"  {name} {value:.4f}" for name, value in sorted(metrics.items()))
-        summary = f"{job.run.name}: {state} at step {step} of {trainer.total_steps}{found}\n"
-        summary += f"run directory: {storage.shown(run.url)}"
-        epoch = step * job.data.global_batch_size // parts.steps.sampler.size
-        progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch}
-        run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
-        console.print(summary, **_PLAIN)
-        if exit_status:
-            console.print("Everything is saved; the same command goes on from here.", **_PLAIN)
-    distributed.leave()
-    return Result(state, run.url, step, metrics)
-
-
 def _to(console: Console) -> Callable[[str], None]:
-    return lambda words: console.print(words, **_PLAIN)
+    return lambda words: console.print(words, **PLAIN)
 
 
 def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
@@ -276,7 +243,7 @@ def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
         f"{parameters} parameters, {sampler.size} training samples, {trainer.total_steps} "
         f"steps of {sampler.global_batch_size}, "
         f"{ranks} on {trainer.device}",
-        **_PLAIN,
+        **PLAIN,
     )
 
 

@@ -3,7 +3,9 @@
 The handler sets a flag and nothing else: saving inside a handler hangs or never finishes.
 """
 
+import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 # USR1 and USR2 are what schedulers send before a time limit or a preemption.
@@ -15,11 +17,20 @@ def hold_back() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
+def leave_at_once() -> None:
+    """End this process in the middle of whatever it does. A save in flight is not waited for: it never existed."""
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h")  # a progress bar may have hidden the cursor
+    os.write(2, b"left at once; what came after the newest checkpoint is lost; the same command goes on from there\n")
+    os._exit(1)
+
+
 class StopSignals:
     """From `listen` on, a stopping signal sets `received`. A second Ctrl-C leaves at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_second_interrupt: Callable[[], None] = leave_at_once) -> None:
         self.received: signal.Signals | None = None
+        self.at_second_interrupt = at_second_interrupt
 
     def listen(self) -> "StopSignals":
         for number in STOPPING:
@@ -32,5 +43,5 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
+            self.at_second_interrupt()
         self.received = signal.Signals(number)

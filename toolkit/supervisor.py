@@ -1,36 +1,29 @@
-"""Several ranks on this machine: start them through torchrun, watch them, end all when one dies, say why. Never imports
-torch.
-
-torchrun is given one attempt and nothing else to decide (`--max-restarts 0`, static rendezvous): it turns every exit
-status into 1 and starts ranks in sessions of their own, where a kill of its process group does not reach them. So each
-rank leaves a note in the attempt's folder (its pid; at the end its exit status and message), and whatever is still
-alive at the end is found and killed here.
+"""The one restart engine: starts the ranks of a run, watches them, ends all when one dies or hangs, says why, and
+starts them again from the newest checkpoint. Never imports torch.
 """
 
 import contextlib
-import ctypes
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import psutil
-
-from toolkit import storage
+from toolkit import attempt as attempts
+from toolkit import postmortem, storage, watchdog
+from toolkit.attempt import Attempt
 from toolkit.config import Job
+from toolkit.lock import holder_of, newest_claim
+from toolkit.oom import OomWatch
+from toolkit.postmortem import AGAIN, Failure
+from toolkit.pulse import Pulse
 from toolkit.run import COMPLETE, Run
-from toolkit.signals import StopSignals, hold_back
+from toolkit.signals import StopSignals
 
-ATTEMPT_DIR = "TOOLKIT_ATTEMPT_DIR"
 _POLL_S = 0.1
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def supervise(job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
@@ -39,170 +32,199 @@ def supervise(job: Job, words: Sequence[str], processes: int, environment: Mappi
     if done := Run(job.run.dir).completed(job.as_written()):
         print(f"{done['summary']}\n{COMPLETE}")
         return 0
-    signals = StopSignals().listen()
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of a dead torchrun become our children, where they can be found
-    with tempfile.TemporaryDirectory(prefix="toolkit-attempt-") as folder:
-        attempt = Attempt(Path(folder), processes)
-        try:
-            attempt.start(words, environment)
-            attempt.wait(signals)
-        finally:
-            _kill_descendants()
-        status, message = attempt.verdict()
-        _keep_logs(attempt, job.run.dir, status, message)
-    if message:
-        print(message, file=sys.stderr)
-    return status
-
-
-class Attempt:
-    """One start of all ranks."""
-
-    def __init__(self, folder: Path, processes: int) -> None:
-        self.folder, self.processes = folder, processes
-        self.dead: list[int] = []
-
-    def start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        threads = max(1, len(os.sched_getaffinity(0)) // self.processes) if hasattr(os, "sched_getaffinity") else 1
-        defaults = {"OMP_NUM_THREADS": str(threads)}  # the number of threads changes sums, so it is part of the plan
-        if sys.platform == "linux":
-            # Or gloo looks up this machine's name, which a container may not know.
-            defaults["GLOO_SOCKET_IFNAME"] = "lo"
-        torchrun = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--node-rank", "0",
-            "--nproc-per-node", str(self.processes), "--max-restarts", "0", "--log-dir", str(self.folder),
-            "--master-addr", "127.0.0.1", "--master-port", str(_free_port()),
-            "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "-m", "toolkit", *words,
-        ]  # fmt: skip
-        with open(self.folder / "torchrun.log", "wb") as log:
-            self.torchrun = subprocess.Popen(
-                torchrun,
-                stdin=subprocess.DEVNULL,
-                stderr=log,
-                env=defaults | dict(environment) | {ATTEMPT_DIR: str(self.folder)},
-                start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - there is one thread here, so it cannot deadlock
-            )
-
-    def wait(self, signals: StopSignals) -> None:
-        """Until torchrun is done or a rank has died without a word. A stop request is passed on once to every rank."""
-        passed_on: set[int] = set()
-        while self.torchrun.poll() is None and not self.dead:
-            notes = self.notes()
-            if signals.wanted():
-                for rank, note in notes.items():
-                    if rank not in passed_on and "exit" not in note:
-                        passed_on.add(rank)
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(note["pid"], signal.SIGTERM)
-            gone = [rank for rank, note in notes.items() if _gone(note["pid"])]
-            self.dead = [rank for rank in gone if "exit" not in self.notes()[rank]]  # what it left before it went
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.torchrun.wait(_POLL_S)
-
-    def notes(self) -> dict[int, dict[str, Any]]:
-        """What each rank that has started has left: `pid`, and at its end `exit`, `message`, `time_s`."""
-        return {int(path.stem[5:]): json.loads(path.read_text()) for path in self.folder.glob("rank-*.json")}
-
-    def verdict(self) -> tuple[int, str]:
-        """(exit status, message). A rank that died silently comes first, then the first that failed in words."""
-        notes = self.notes()
-        self.dead = self.dead or [rank for rank, note in notes.items() if "exit" not in note]
-        if self.dead:
-            rank = self.dead[0]
-            who = f"rank {rank} (pid {notes[rank]['pid']})"
-            if (self.torchrun.returncode or 0) < 0:  # then the ranks have only followed it
-                who = f"torchrun (pid {self.torchrun.pid})"
-            fate = f"was killed or crashed, so all {self.processes} ranks were ended; was it out of memory?"
-            return 1, f"{who} {fate}"
-        failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note["exit"] not in (0, 75))
-        if failed:
-            rank = failed[0][1]
-            note = notes[rank]
-            return note["exit"], note["message"] if note["exit"] == 2 else f"rank {rank}: {note['message']}"
-        if len(notes) == self.processes:
-            return max(note["exit"] for note in notes.values()), ""
-        tail = (self.folder / "torchrun.log").read_text(errors="replace")[-2000:]
-        return 1, f"only {len(notes)} of {self.processes} ranks started; torchrun said:\n{tail}"
-
-
-def enter_rank(environment: Mapping[str, str]) -> None:
-    """The rank's side: leave a note, die with torchrun, let rank 0 alone have the console.
-
-    Does nothing outside a supervisor.
-    """
-    if ATTEMPT_DIR not in environment:
-        return
-    _die_with_parent()
-    hold_back()
-    rank = int(environment["RANK"])
-    _write_note(environment, {"pid": os.getpid()})
-    sys.stdout.flush()
-    if rank == 0:
-        os.dup2(1, 2)
-    else:
-        log = os.open(
-            Path(environment[ATTEMPT_DIR]) / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
-        )
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-
-
-def leave_rank(environment: Mapping[str, str], status: int, message: str) -> int:
-    """Note how this rank ended. Returns the status for torchrun, to which a rank that stopped early is a success."""
-    if ATTEMPT_DIR not in environment:
-        return status
-    _write_note(environment, {"pid": os.getpid(), "exit": status, "message": message, "time_s": time.time()})
-    return 0 if status == 75 else status
-
-
-def _write_note(environment: Mapping[str, str], note: Mapping[str, Any]) -> None:
-    path = Path(environment[ATTEMPT_DIR]) / f"rank-{environment['RANK']}.json"
-    path.with_suffix(".new").write_text(json.dumps(note))
-    path.with_suffix(".new").replace(path)
-
-
-def _keep_logs(attempt: Attempt, run_url: str, status: int, message: str) -> None:
-    """Logs go to the run if it was begun, and is still ours; one that failed is told which rank was first."""
-    run, leader = Run(run_url), attempt.notes().get(0)
-    number = run.attempt_of(leader["pid"]) if leader else None
-    found = run.status()
-    if status == 2 or number is None or found is None:
-        return
-    for path in sorted(attempt.folder.glob("*.log")):
-        storage.write(run.at("logs", f"attempt-{number}-{path.name}"), path.read_bytes(), durable=False)
-    if status == 1 and found["state"] in ("running", "failed"):  # rank 0 may have seen only that another was gone
-        run.failed(message)
-
-
-def _gone(pid: int) -> bool:
+    signals = StopSignals(at_second_interrupt=_interrupt).listen()
+    attempts.be_subreaper()
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+        return Supervisor(job, words, processes, environment, signals).run()
+    except KeyboardInterrupt:
+        print(f"left at once; what came after the newest checkpoint is lost; {AGAIN}", file=sys.stderr)
+        return 1
 
 
-def _kill_descendants() -> None:
-    """Kill whatever is left below this process, until nothing is."""
-    while children := psutil.Process().children(recursive=True):
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(children, timeout=5)
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+class Outcome(NamedTuple):
+    """How an attempt ended: the exit status, words for the user, and what failed if something did."""
+
+    status: int
+    message: str = ""
+    failure: Failure | None = None
 
 
-def _die_with_parent() -> None:
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+class Supervisor:
+    """Attempt after attempt, until one ends well, or fails in a way that another start would not mend."""
+
+    def __init__(
+        self, job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str], signals: StopSignals
+    ) -> None:
+        self.words, self.processes, self.environment, self.signals = words, processes, environment, signals
+        self.directory = Run(job.run.dir)
+        self.limits = {name.removesuffix("_s"): limit for name, limit in job.launch.limits.model_dump().items()}
+        self.max_restarts = job.launch.max_restarts
+        self.restarts = 0  # since the newest checkpoint
+        self.saved_step: int | None = None
+        self.earlier: Failure | None = None
+        self.failed_s: float | None = None  # when the last attempt failed, until the next has taken a step
+        self.resumed_step: int | None = None
+
+    def run(self) -> int:
+        """Returns the exit status of the whole."""
+        while True:
+            with tempfile.TemporaryDirectory(prefix="toolkit-attempt-") as folder:
+                attempt = Attempt(Path(folder), self.processes)
+                outcome, goes_on = self._attempted(attempt)
+            if outcome.message:
+                print(outcome.message, file=sys.stderr, flush=True)
+            if not goes_on:
+                return outcome.status
+
+    def _attempted(self, attempt: Attempt) -> tuple[Outcome, bool]:
+        """(how one attempt ended, whether to start another)."""
+        before = newest_claim(self.directory.at("lock"))
+        try:
+            attempt.start(self.words, self.environment)
+            outcome = self._watched(attempt)
+        finally:
+            attempt.end()
+        outcome = outcome or _in_words(attempt)
+        number = self._number(attempt, before)
+        if number is not None and outcome.status != 2:
+            self._keep_logs(attempt, number)
+        if outcome.failure is None or number is None:  # or the run is another's by now
+            return outcome, False
+        return self._recorded(attempt, number, outcome.failure)
+
+    def _watched(self, attempt: Attempt) -> Outcome | None:
+        """Until torchrun is done, or a rank has died without a word or hangs; then how. A stop request is passed on
+        once to every rank.
+        """
+        started_s, told, watched, memory = time.monotonic(), set[int](), set[int](), OomWatch()
+        while True:
+            ended = attempt.torchrun.poll() is not None  # before looking at the ranks, whose last words may come now
+            notes = attempt.notes()
+            for rank in notes.keys() - watched:
+                memory.watch(notes[rank]["pid"])
+                watched.add(rank)
+            if self.signals.wanted():
+                for rank in notes.keys() - told:
+                    attempt.signal(rank, signal.SIGTERM)
+                    told.add(rank)
+            if dead := attempt.silently_gone():
+                return _death(attempt, dead[0], memory)
+            if ended:
+                return None
+            if late := watchdog.overdue(attempt, self.limits, started_s):
+                return _hang(watchdog.examine(attempt, late, self.limits, started_s))
+            self._report_first_step(attempt)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                attempt.torchrun.wait(_POLL_S)
+
+    def _report_first_step(self, attempt: Attempt) -> None:
+        """After a restart: say for how long the failure has kept the run from going on."""
+        beat = attempt.pulses().get(0)
+        if self.failed_s is None or beat is None or beat.phase == "start":
+            return
+        if self.resumed_step is None:
+            self.resumed_step = beat.step
+        elif beat.step > self.resumed_step:
+            print(f"the first new step came {time.monotonic() - self.failed_s:.1f} s after the failure", flush=True)
+            self.failed_s = None
+
+    def _number(self, attempt: Attempt, before: Mapping[str, Any] | None) -> int | None:
+        """The number of this attempt among the run's; None if the run is somebody else's now, or was meanwhile."""
+        claim, leader = newest_claim(self.directory.at("lock")), attempt.notes().get(0)
+        latest = int(claim["attempt"]) if claim else 0
+        if latest == (before or {"attempt": 0})["attempt"]:  # it came to nothing before it could claim the run
+            return None if holder_of(self.directory.at("lock")) else latest + 1
+        return latest if claim and leader and claim["pid"] == leader["pid"] else None
+
+    def _keep_logs(self, attempt: Attempt, number: int) -> None:
+        for path in sorted([*attempt.folder.glob("*.log"), *attempt.folder.glob("nccl-trace-*")]):
+            if content := path.read_bytes():
+                with _complained():
+                    storage.write(self.directory.at("logs", f"attempt-{number}-{path.name}"), content, durable=False)
+
+    def _recorded(self, attempt: Attempt, number: int, failure: Failure) -> tuple[Outcome, bool]:
+        """Write the page and the status of a failure, and decide whether to go on."""
+        saved_step: int | None = None
+        with _complained():
+            saved_step = self.directory.newest_checkpoint()
+        goes_on, then = self._decided(failure, saved_step)
+        log = attempt.folder / ("torchrun.log" if failure.rank is None else f"rank-{failure.rank}.log")
+        text = log.read_text(errors="replace") if log.exists() else ""
+        with _complained():
+            postmortem.write(self.directory, postmortem.page(failure, number, attempt.pulses(), text, saved_step, then))
+            if (self.directory.status() or {"state": "failed"})["state"] in ("running", "failed"):
+                self.directory.ended("failed", failure.line, failure.exit)
+        self.earlier, self.saved_step, self.failed_s, self.resumed_step = failure, saved_step, time.monotonic(), None
+        where = storage.shown(self.directory.at("postmortem.md"))
+        return Outcome(failure.exit, f"{failure.line}\n{then}; more in {where}", failure), goes_on
+
+    def _decided(self, failure: Failure, saved_step: int | None) -> tuple[bool, str]:
+        """(whether to start again, words on what is done)."""
+        progress = self.earlier is None or saved_step != self.saved_step
+        self.restarts = 0 if progress else self.restarts
+        if self.signals.wanted():
+            return False, "not started again, for a stop was asked for"
+        if not progress and failure.comes_back(self.earlier):
+            return False, "not started again: the same failure has come back with no new checkpoint in between"
+        if self.restarts == self.max_restarts:
+            return False, f"not started again: launch.max_restarts is {self.max_restarts}; {AGAIN}"
+        self.restarts += 1
+        begin = "from the beginning" if saved_step is None else f"from the checkpoint of step {saved_step}"
+        return True, f"starting again {begin} (restart {self.restarts} of {self.max_restarts})"
 
 
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value)
+def _in_words(attempt: Attempt) -> Outcome:
+    """How an attempt ended whose ranks have all said so; of those that failed, the first."""
+    notes = attempt.notes()
+    failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note.get("exit", 0) not in (0, 75))
+    if failed:
+        rank = failed[0][1]
+        message = notes[rank]["message"]
+        if notes[rank]["exit"] == 2:
+            return Outcome(2, message)
+        beat = attempt.pulses().get(rank, Pulse())
+        return _failed(Failure(f"rank {rank}:", postmortem.first_line(message), message, AGAIN, beat, rank))
+    if len(notes) < attempt.processes:
+        said = attempt.said_by_torchrun()[-2000:]
+        cause = f"only {len(notes)} of {attempt.processes} ranks started; torchrun said:\n{said}"
+        return _failed(Failure("torchrun:", "start", cause, "see what it said", Pulse()))
+    return Outcome(max(note["exit"] for note in notes.values()))
+
+
+def _death(attempt: Attempt, rank: int, memory: OomWatch) -> Outcome:
+    """A rank is dead and has left no word; or torchrun is, and the ranks have followed it."""
+    number, pid = attempt.signal_that_killed(rank), attempt.notes()[rank]["pid"]
+    ended = attempt.torchrun.poll()
+    if ended is not None and ended < 0:
+        kind, cause, remedy = postmortem.killed(-ended, memory.verdict(attempt.torchrun.pid))
+        return _failed(Failure(f"torchrun (pid {attempt.torchrun.pid})", kind, cause, remedy, Pulse()))
+    beat = attempt.pulses().get(rank, Pulse())
+    kind, cause, remedy = postmortem.killed(number, memory.verdict(pid) if number in (None, signal.SIGKILL) else None)
+    return _failed(Failure(f"rank {rank} (pid {pid})", kind, cause, remedy, beat, rank))
+
+
+def _hang(hang: watchdog.Hang) -> Outcome:
+    phase = hang.pulse.phase
+    cause = f"gave no sign of life for {hang.silent_s:.1f} s in phase {phase}, whose limit is {hang.limit_s:g} s: "
+    cause += f"it is {hang.state}" + (f", at {hang.where}" if hang.where else "")
+    remedy = f"read logs/*-stacks.log; if all is well and it only takes longer, raise launch.limits.{phase}_s"
+    if hang.state == "stopped":
+        remedy = "somebody has stopped it (SIGSTOP, a debugger, a suspended machine); " + AGAIN
+    return _failed(Failure(f"rank {hang.rank}", f"hang in {phase}", cause, remedy, hang.pulse, hang.rank))
+
+
+def _failed(failure: Failure) -> Outcome:
+    return Outcome(failure.exit, failure.line, failure)
+
+
+@contextlib.contextmanager
+def _complained() -> Iterator[None]:
+    """A store that is away keeps no failure from being told on the console, nor the run from being started again."""
+    try:
+        yield
+    except OSError as error:
+        print(f"WARNING: not written: {error}", file=sys.stderr, flush=True)

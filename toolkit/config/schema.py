@@ -141,8 +141,21 @@ class Log(Section):
     )
 
 
+class Limits(Section):
+    """How long a rank of several may go without a sign of life before it counts as hung, by what it is doing."""
+
+    start_s: float = Field(1200, gt=0, description="seconds until the first step: data, compiling, the checkpoint")
+    step_s: float = Field(600, gt=0, description="seconds a step, with its batch")
+    evaluation_s: float = Field(600, gt=0, description="seconds a batch of an evaluation")
+    save_s: float = Field(1200, gt=0, description="seconds that the loop waits for a save")
+
+
 class Launch(Section):
     processes: Count | Auto = Field("auto", description="ranks on this machine; auto: one a GPU, else 1")
+    max_restarts: int = Field(
+        3, ge=0, description="starts after failures of several ranks; counted anew after each new checkpoint"
+    )
+    limits: Limits = Field(Limits(), description="when a rank counts as hung")
 
 
 class Job(Section):

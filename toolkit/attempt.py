@@ -1,0 +1,221 @@
+"""One start of all ranks of a run on this machine, and the folder in which they and their supervisor meet.
+
+torchrun is given one attempt and nothing else to decide (`--max-restarts 0`, static rendezvous): it turns every exit
+status into 1 and starts ranks in sessions of their own, where a kill of its process group does not reach them. So each
+rank leaves a note (its pid; at the end its exit status and message) and keeps its heartbeat there, and whatever is
+still alive at the end is found and killed here.
+
+    rank-1.json  rank-1.pulse  rank-1.log  rank-1-stacks.log  torchrun.log
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from toolkit import pulse
+from toolkit.pulse import Pulse
+from toolkit.signals import hold_back
+
+ATTEMPT_DIR = "TOOLKIT_ATTEMPT_DIR"
+SHOW_STACKS = signal.SIGQUIT  # to a rank: write down where each of your threads is
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Attempt:
+    """The supervisor's side: start the ranks, look at them, end them."""
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        self.folder, self.processes = folder, processes
+
+    def start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        """`toolkit WORDS` on every rank. What rank 0 says goes to this process's stdout and to its log."""
+        torchrun = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--node-rank", "0",
+            "--nproc-per-node", str(self.processes), "--max-restarts", "0", "--log-dir", str(self.folder),
+            "--master-addr", "127.0.0.1", "--master-port", str(_free_port()),
+            "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "-m", "toolkit", *words,
+        ]  # fmt: skip
+        with open(self.folder / "torchrun.log", "wb") as log:
+            self.torchrun = subprocess.Popen(
+                torchrun,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self._defaults() | dict(environment) | {ATTEMPT_DIR: str(self.folder)},
+                start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - there is one thread here, so it cannot deadlock
+            )
+        self._pump = threading.Thread(target=self._pass_on, args=[self.torchrun.stdout], name="toolkit-console")
+        self._pump.start()
+
+    def _defaults(self) -> dict[str, str]:
+        """What the environment says unless the user has said otherwise."""
+        threads = max(1, len(os.sched_getaffinity(0)) // self.processes) if hasattr(os, "sched_getaffinity") else 1
+        defaults = {
+            "OMP_NUM_THREADS": str(threads),  # the number of threads changes sums, so it is part of the plan
+            # NCCL's flight recorder: the last collectives of every rank, written when asked for through a pipe.
+            "TORCH_FR_BUFFER_SIZE": "2000",
+            "TORCH_FR_DUMP_TEMP_FILE": str(self.folder / "nccl-trace-rank-"),
+            "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": str(self.folder / "nccl-pipe-rank-"),
+        }
+        if sys.platform == "linux":
+            # Or gloo looks up this machine's name, which a container may not know.
+            defaults["GLOO_SOCKET_IFNAME"] = "lo"
+        if sys.stdout.isatty():  # rank 0 writes into a pipe, and need not know
+            width, height = shutil.get_terminal_size()
+            defaults |= {"TTY_COMPATIBLE": "1", "COLUMNS": str(width), "LINES": str(height)}
+        return defaults
+
+    def _pass_on(self, source: Any) -> None:
+        """Until torchrun and rank 0 are gone: what comes out of them to the console and, without colours, to a log."""
+        sys.stdout.flush()
+        console: int | None = 1
+        with open(self.folder / "rank-0.log", "ab", buffering=0) as log:
+            while content := os.read(source.fileno(), 1 << 16):
+                if console is not None:
+                    try:
+                        _write_all(console, content)
+                    except OSError:  # whoever read it has gone; training goes on
+                        console = None
+                log.write(_ESCAPES.sub(b"", content))
+        source.close()
+
+    def notes(self) -> dict[int, dict[str, Any]]:
+        """What each rank that has started has left: `pid`, and at its end `exit`, `message`, `time_s`."""
+        return {int(path.stem[5:]): json.loads(path.read_text()) for path in self.folder.glob("rank-*.json")}
+
+    def pulses(self) -> dict[int, Pulse]:
+        """The last heartbeat of each rank that has started."""
+        found = {rank: pulse.read(str(self.folder / f"rank-{rank}.pulse")) for rank in range(self.processes)}
+        return {rank: beat for rank, beat in found.items() if beat}
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to a rank, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.notes()[rank]["pid"], number)
+
+    def silently_gone(self) -> list[int]:
+        """The ranks that have died without a word."""
+        gone = [rank for rank, note in self.notes().items() if is_gone(note["pid"])]
+        return [rank for rank in gone if "exit" not in self.notes()[rank]]  # what it left before it went
+
+    def signal_that_killed(self, rank: int, patience_s: float = 5.0) -> int | None:
+        """Which signal a dead rank died of, from its parent, torchrun; None if that cannot be known.
+
+        The others, which are lost without it, are killed: torchrun waits for their end before it speaks.
+        """
+        for other, note in self.notes().items():
+            if other != rank and not is_gone(note["pid"]):
+                self.signal(other, signal.SIGKILL)
+        found = re.compile(rf"exitcode:? *:? -(\d+)\)?.*\(pid: {self.notes()[rank]['pid']}\)")
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            ended = self.torchrun.poll() is not None
+            if match := found.search(self.said_by_torchrun()):
+                return int(match[1])
+            if ended or time.monotonic() > deadline_s:
+                return None
+            time.sleep(0.02)
+
+    def said_by_torchrun(self) -> str:
+        return (self.folder / "torchrun.log").read_text(errors="replace")
+
+    def end(self) -> None:
+        """Kill whatever is left below this process, until nothing is."""
+        while children := psutil.Process().children(recursive=True):
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            psutil.wait_procs(children, timeout=5)
+        self.torchrun.wait()
+        self._pump.join()
+
+
+def enter_rank(environment: Mapping[str, str]) -> None:
+    """The rank's side: leave a note, die with torchrun, let rank 0 alone have the console, be ready to show its stacks.
+
+    Does nothing outside a supervisor.
+    """
+    if ATTEMPT_DIR not in environment:
+        return
+    die_with_parent()
+    hold_back()
+    rank, folder = int(environment["RANK"]), Path(environment[ATTEMPT_DIR])
+    sys.stdout.flush()
+    if rank == 0:
+        os.dup2(1, 2)
+    else:
+        log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+    faulthandler.enable()  # a crash in native code says where
+    stacks = open(folder / f"rank-{rank}-stacks.log", "ab", buffering=0)  # noqa: SIM115 - open for as long as the rank is
+    faulthandler.register(SHOW_STACKS, stacks, all_threads=True)
+    pulse.keep_in(str(folder / f"rank-{rank}.pulse"))
+    _write_note(environment, {"pid": os.getpid()})
+
+
+def leave_rank(environment: Mapping[str, str], status: int, message: str) -> int:
+    """Note how this rank ended. Returns the status for torchrun, to which a rank that stopped early is a success."""
+    if ATTEMPT_DIR not in environment:
+        return status
+    _write_note(environment, {"pid": os.getpid(), "exit": status, "message": message, "time_s": time.time()})
+    return 0 if status == 75 else status
+
+
+def be_subreaper() -> None:
+    """Orphans of a dead torchrun become children of this process, where they can be found."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent dies, however that comes."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, be it buried or not."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _write_note(environment: Mapping[str, str], note: Mapping[str, Any]) -> None:
+    path = Path(environment[ATTEMPT_DIR]) / f"rank-{environment['RANK']}.json"
+    path.with_suffix(".new").write_text(json.dumps(note))
+    path.with_suffix(".new").replace(path)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value)
