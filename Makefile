@@ -5,7 +5,7 @@ BIN    := .venv/bin
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-local test test-kill check bench clean
+.PHONY: help setup train-local test test-kill test-faults check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: setup ## run every test this machine can run
 test-kill: setup ## kill training 250 times, half of them in a save, on disk and on S3; minutes
 	@$(BIN)/python tests/campaigns/kill.py --store local --rounds 200
 	@$(BIN)/python tests/campaigns/kill.py --store s3 --rounds 50
+
+test-faults: setup ## inflict every fault on runs of 2 and 4 ranks: killed, stopped, out of memory, ...; minutes
+	@$(BIN)/python tests/campaigns/faults.py --processes 2 4
 
 check: setup ## lint, format and types
 	@$(BIN)/ruff check .

@@ -42,17 +42,20 @@ MAY_IMPORT = {
     "checkpoint": LEAVES | {"storage", "distributed"},
     "trainer": LEAVES | {"distributed", "agreement"},
     "observers": LEAVES | {"storage", "run", "checkpoint", "distributed"},
-    "diagnosis": LEAVES | {"datasets", "trainer"},
+    "diagnosis": LEAVES | {"datasets", "trainer", "deaths", "oom"},
     "persistence": LEAVES | {"storage", "config", "run", "distributed", "optim", "checkpoint", "trainer", "observers"},
     "inspection": LEAVES | {"storage", "config", "run", "lock", "checkpoint", "persistence"},
     "fork": LEAVES | {"storage", "config", "run", "checkpoint", "persistence"},
     "proof": LEAVES | {"storage", "config", "run", "checkpoint"},
     "attempt": LEAVES | {"signals"},
     "oom": LEAVES,
+    "deaths": LEAVES,
     "watchdog": LEAVES | {"attempt"},
-    "postmortem": LEAVES | {"storage", "run", "oom"},
+    "postmortem": LEAVES | {"storage", "run", "oom", "deaths"},
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
-    "supervisor": LEAVES | {"run", "lock", "storage", "config", "signals", "attempt", "watchdog", "postmortem", "oom"},
+    "supervisor": LEAVES
+    | {"run", "lock", "storage", "config", "signals", "attempt", "watchdog", "postmortem", "oom"}
+    | {"deaths"},
 }
 ROOTS = {"session", "cli", "__init__", "__main__"}
 DOORS = {

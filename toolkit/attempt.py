@@ -11,6 +11,7 @@ still alive at the end is found and killed here.
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import json
 import os
 import re
@@ -19,9 +20,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,24 @@ from toolkit.signals import hold_back
 
 ATTEMPT_DIR = "TOOLKIT_ATTEMPT_DIR"
 SHOW_STACKS = signal.SIGQUIT  # to a rank: write down where each of your threads is
+_PREFIX = "toolkit-attempt-"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@contextlib.contextmanager
+def new_folder() -> Iterator[Path]:
+    """A folder for one attempt, which goes afterwards; those of supervisors that were killed go now.
+
+    Whoever holds the lock of the file in it is alive, be it in another container.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/supervisor.lock"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # another's, or going already
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as name, open(Path(name) / "supervisor.lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield Path(name)
 
 
 class Attempt:
@@ -51,13 +69,14 @@ class Attempt:
             "--master-addr", "127.0.0.1", "--master-port", str(_free_port()),
             "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "-m", "toolkit", *words,
         ]  # fmt: skip
+        asked = {ATTEMPT_DIR: str(self.folder), "TOOLKIT_WORLD_SIZE": str(self.processes)}
         with open(self.folder / "torchrun.log", "wb") as log:
             self.torchrun = subprocess.Popen(
                 torchrun,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=self._defaults() | dict(environment) | {ATTEMPT_DIR: str(self.folder)},
+                env=self._defaults() | dict(environment) | asked,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - there is one thread here, so it cannot deadlock
             )

@@ -3,6 +3,8 @@
 Costs nothing until something has failed.
 """
 
+import re
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from toolkit import oom
 from toolkit.datasets.loader import Batch, EvaluationSteps, Failure, TrainingSteps
 from toolkit.datasets.sampler import ElasticDistributedSampler
+from toolkit.deaths import OUT_OF_MEMORY, killed
 from toolkit.errors import RunError
 from toolkit.trainer import LostLossError, Trainer
 
@@ -20,9 +24,10 @@ def explained(
     error: Exception, trainer: Trainer, steps: TrainingSteps, evaluations: Iterable[EvaluationSteps] = ()
 ) -> Exception:
     """A RunError that says what is to blame: the sample with its file, if it is one. Else the error itself."""
-    if isinstance(error, torch.OutOfMemoryError):
-        remedy = "set train.micro_batch_size to a smaller number"
-        return RunError(f"out of memory in step {trainer.state.step + 1}: {_first_line(error)}; {remedy}")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        return RunError(f"out of memory in step {trainer.state.step + 1}: {_first_line(error)}; {OUT_OF_MEMORY}")
+    if worker := _KILLED_WORKER.match(str(error)):
+        return RunError(_of_worker(int(worker[1]), worker[2]))
     if isinstance(error, RunError) and not isinstance(error, LostLossError):
         return error
     for dataset, batches in _suspects(error, trainer, steps, evaluations):
@@ -73,6 +78,17 @@ def _not_finite(inputs: Any) -> dict[int, str]:
         return {}
     finite = inputs.flatten(1).isfinite().all(1).numpy()
     return {int(at): "its input has a nan or infinite value" for at in np.flatnonzero(~finite)}
+
+
+# What torch's DataLoader says; it names the signal as strsignal(3) does.
+_KILLED_WORKER = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]+)\.")
+
+
+def _of_worker(pid: int, signal_name: str) -> str:
+    """Words on the death of a loader worker."""
+    number = next((each for each in signal.valid_signals() if signal.strsignal(each) == signal_name), None)
+    _, cause, remedy = killed(number, oom.said_by_kernel(pid))
+    return f"a loader worker (pid {pid}) {cause}; {remedy}"
 
 
 def _first_line(error: Exception) -> str:

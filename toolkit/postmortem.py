@@ -10,34 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from toolkit import oom, pulse, storage
+from toolkit.deaths import killed
 from toolkit.pulse import Pulse
 from toolkit.run import Run
 
 TAIL_LINES = 40
 
-# What a signal that nobody has caught means, and what to do.
-SIGNALS = {
-    signal.SIGKILL: (
-        "somebody killed it, or the machine had no memory left; no record of the latter can be read here",
-        "if nobody did, have it take less memory: a smaller train.micro_batch_size or data.workers; dmesg may say more",
-    ),
-    signal.SIGSEGV: (
-        "native code read or wrote memory that is not its own",
-        "the stack in its log shows which; suspect extensions of torch, the driver, and the machine's memory",
-    ),
-    signal.SIGBUS: (
-        "a file that it had in memory has shrunk, or there was no room for a page of one: often /dev/shm is too small",
-        "give the container more shared memory (--ipc=host or --shm-size), or set data.workers=0",
-    ),
-    signal.SIGABRT: ("native code gave up", "the last lines of its log say why"),
-    signal.SIGILL: ("an instruction this processor does not have", "install packages that were built for it"),
-    signal.SIGFPE: ("an arithmetic error in native code", "the stack in its log shows where"),
-    signal.SIGTERM: ("somebody asked it to end before it could listen", "start it again: the same command goes on"),
-}
-OUT_OF_MEMORY = (
-    "take less memory: a smaller train.micro_batch_size, data.workers or data.global_batch_size; or ask for more; "
-    "train.strategy=fsdp shares weights and optimizer among ranks"
-)
 AGAIN = "the same command goes on from the newest checkpoint"
 
 
@@ -53,6 +31,7 @@ class Failure:
     rank: int | None = None
     host: str = field(default_factory=socket.gethostname)
     exit: int = 1
+    pulses: Mapping[int, Pulse] = field(default_factory=dict)  # the last heartbeats of all, if known
 
     @property
     def line(self) -> str:
@@ -63,20 +42,7 @@ class Failure:
         return earlier is not None and (self.kind, self.pulse.step) == (earlier.kind, earlier.pulse.step)
 
 
-def killed(number: int | None, evidence: str | None) -> tuple[str, str, str]:
-    """(kind, cause, remedy) of a process that a signal has ended; `evidence` that it was for want of memory."""
-    if number is None:
-        return "death", "was killed or crashed, and torchrun does not say how", "see its log, below"
-    name = signal.Signals(number).name
-    if number == signal.SIGKILL and evidence:
-        return "out of memory", f"was killed by the kernel: out of memory ({evidence})", OUT_OF_MEMORY
-    meaning, remedy = SIGNALS.get(signal.Signals(number), ("see `man 7 signal`", "see its log, below"))
-    return name, f"was killed by {name}: {meaning}", remedy
-
-
-def page(
-    failure: Failure, attempt: int, pulses: Mapping[int, Pulse], log: str, saved_step: int | None, then: str
-) -> str:
+def page(failure: Failure, attempt: int, log: str, saved_step: int | None, then: str) -> str:
     """The whole page, in Markdown."""
     now_s, last = time.monotonic(), failure.pulse
     facts = {
@@ -94,8 +60,8 @@ def page(
         f"What to do: {_escaped(failure.remedy)}.",
         f"What was done: {then}.",
     ]
-    if pulses:
-        beats = [(rank, beat.phase, beat.step, f"{now_s - beat.at_s:.1f}") for rank, beat in sorted(pulses.items())]
+    if failure.pulses:
+        beats = [(rank, *beat[:2], f"{now_s - beat.at_s:.1f}") for rank, beat in sorted(failure.pulses.items())]
         parts += ["Last heartbeats:", _table(("rank", "phase", "steps done", "seconds ago"), beats)]
     return "\n\n".join([*parts, "The end of its log:", f"```\n{tail(log)}\n```"]) + "\n"
 
@@ -138,14 +104,14 @@ def of_silent_end(status: Mapping[str, Any], identity: Mapping[str, Any]) -> str
     failure = Failure(who, kind, cause, remedy, beat, 0, str(status["host"]))
     saved = (status.get("checkpoint") or {}).get("step")
     said = f"its last heartbeat was at {status.get('heartbeat')}; it had no time to log more"
-    return page(failure, int(status.get("attempt") or 0), {}, said, saved, "this start goes on")
+    return page(failure, int(status.get("attempt") or 0), said, saved, "this start goes on")
 
 
 def of_exception(error: Exception, attempt: int, rank: int, saved_step: int | None) -> str:
     """The page on an exception in this process, for a run that has no supervisor."""
     failure = Failure(f"rank {rank}:", type(error).__name__, str(error), f"mend it; {AGAIN}", pulse.last(), rank)
     told = "".join(traceback.format_exception(error))
-    return page(failure, attempt, {}, told, saved_step, "the run has ended")
+    return page(failure, attempt, told, saved_step, "the run has ended")
 
 
 def first_line(message: str) -> str:

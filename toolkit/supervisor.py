@@ -3,19 +3,20 @@ starts them again from the newest checkpoint. Never imports torch.
 """
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from toolkit import attempt as attempts
 from toolkit import postmortem, storage, watchdog
 from toolkit.attempt import Attempt
 from toolkit.config import Job
+from toolkit.deaths import killed
 from toolkit.lock import holder_of, newest_claim
 from toolkit.oom import OomWatch
 from toolkit.postmortem import AGAIN, Failure
@@ -42,6 +43,7 @@ def supervise(job: Job, words: Sequence[str], processes: int, environment: Mappi
 
 
 def _interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one must not break off the end of the ranks
     raise KeyboardInterrupt
 
 
@@ -72,8 +74,8 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit status of the whole."""
         while True:
-            with tempfile.TemporaryDirectory(prefix="toolkit-attempt-") as folder:
-                attempt = Attempt(Path(folder), self.processes)
+            with attempts.new_folder() as folder:
+                attempt = Attempt(folder, self.processes)
                 outcome, goes_on = self._attempted(attempt)
             if outcome.message:
                 print(outcome.message, file=sys.stderr, flush=True)
@@ -155,7 +157,8 @@ class Supervisor:
         log = attempt.folder / ("torchrun.log" if failure.rank is None else f"rank-{failure.rank}.log")
         text = log.read_text(errors="replace") if log.exists() else ""
         with _complained():
-            postmortem.write(self.directory, postmortem.page(failure, number, attempt.pulses(), text, saved_step, then))
+            known = replace(failure, pulses=failure.pulses or attempt.pulses())
+            postmortem.write(self.directory, postmortem.page(known, number, text, saved_step, then))
             if (self.directory.status() or {"state": "failed"})["state"] in ("running", "failed"):
                 self.directory.ended("failed", failure.line, failure.exit)
         self.earlier, self.saved_step, self.failed_s, self.resumed_step = failure, saved_step, time.monotonic(), None
@@ -187,7 +190,8 @@ def _in_words(attempt: Attempt) -> Outcome:
         if notes[rank]["exit"] == 2:
             return Outcome(2, message)
         beat = attempt.pulses().get(rank, Pulse())
-        return _failed(Failure(f"rank {rank}:", postmortem.first_line(message), message, AGAIN, beat, rank))
+        kind = re.sub(r"\d+", "N", postmortem.first_line(message))  # a pid is another each time
+        return _failed(Failure(f"rank {rank}:", kind, message, f"mend it; {AGAIN}", beat, rank))
     if len(notes) < attempt.processes:
         said = attempt.said_by_torchrun()[-2000:]
         cause = f"only {len(notes)} of {attempt.processes} ranks started; torchrun said:\n{said}"
@@ -200,10 +204,10 @@ def _death(attempt: Attempt, rank: int, memory: OomWatch) -> Outcome:
     number, pid = attempt.signal_that_killed(rank), attempt.notes()[rank]["pid"]
     ended = attempt.torchrun.poll()
     if ended is not None and ended < 0:
-        kind, cause, remedy = postmortem.killed(-ended, memory.verdict(attempt.torchrun.pid))
+        kind, cause, remedy = killed(-ended, memory.verdict(attempt.torchrun.pid))
         return _failed(Failure(f"torchrun (pid {attempt.torchrun.pid})", kind, cause, remedy, Pulse()))
     beat = attempt.pulses().get(rank, Pulse())
-    kind, cause, remedy = postmortem.killed(number, memory.verdict(pid) if number in (None, signal.SIGKILL) else None)
+    kind, cause, remedy = killed(number, memory.verdict(pid) if number in (None, signal.SIGKILL) else None)
     return _failed(Failure(f"rank {rank} (pid {pid})", kind, cause, remedy, beat, rank))
 
 
@@ -214,7 +218,8 @@ def _hang(hang: watchdog.Hang) -> Outcome:
     remedy = f"read logs/*-stacks.log; if all is well and it only takes longer, raise launch.limits.{phase}_s"
     if hang.state == "stopped":
         remedy = "somebody has stopped it (SIGSTOP, a debugger, a suspended machine); " + AGAIN
-    return _failed(Failure(f"rank {hang.rank}", f"hang in {phase}", cause, remedy, hang.pulse, hang.rank))
+    who, kind = f"rank {hang.rank}", f"hang in {phase}"
+    return _failed(Failure(who, kind, cause, remedy, hang.pulse, hang.rank, pulses=hang.pulses))
 
 
 def _failed(failure: Failure) -> Outcome:

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ class Hang(NamedTuple):
     silent_s: float
     limit_s: float
     where: str  # the innermost line of Python of its main thread
+    pulses: Mapping[int, Pulse]  # of all ranks, before a stopped one went on to show its stacks
 
 
 def overdue(attempt: Attempt, limits: Mapping[str, float], started_s: float) -> list[int]:
@@ -56,7 +58,7 @@ def examine(attempt: Attempt, late: list[int], limits: Mapping[str, float], star
     rank = min(late, key=least_suspect)
     beat = pulses.get(rank, Pulse(at_s=started_s))
     state = states.get(rank, "never started")
-    return Hang(rank, state, beat, now_s - beat.at_s, limits[beat.phase], where.get(rank, ""))
+    return Hang(rank, state, beat, now_s - beat.at_s, limits[beat.phase], where.get(rank, ""), pulses)
 
 
 _ODD = ("stopped", "in uninterruptible sleep (a disk or device that does not answer)")
@@ -99,16 +101,16 @@ def _show_stacks(attempt: Attempt, rank: int, note: Mapping[str, Any]) -> None:
 
 
 def innermost(stacks: Path) -> str:
-    """`file, line N in function` where the main thread of a rank is, of its stacks as faulthandler writes them."""
-    inside = False
+    """`file, line N in function` where the main thread of a rank is: the last that faulthandler writes, whichever the
+    signal has come to.
+    """
+    place = ""
     with contextlib.suppress(FileNotFoundError):
-        for line in stacks.read_text(errors="replace").splitlines():
-            if inside and line.startswith('  File "'):
-                return line.strip().removeprefix("File ")
-            if line.startswith("a child of"):
-                break
-            inside = line.startswith("Current thread") or (inside and not line.startswith("Thread"))
-    return ""
+        own = stacks.read_text(errors="replace").partition("\na child of")[0]
+        for line, after in pairwise(own.splitlines()):
+            if line.endswith("(most recent call first):"):
+                place = after.strip().removeprefix("File ")
+    return place
 
 
 def _append(path: Path, words: str) -> None:

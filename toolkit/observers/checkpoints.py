@@ -35,9 +35,9 @@ class Checkpoints:
         self.asked = asked
         self.failures = 0
         self.tried_step: int | None = None
+        self.started_s = time.monotonic()
 
     def start(self, trainer: Any) -> None:
-        self.started_s = time.monotonic()
         score, improved = self._judged(trainer)
         if improved:  # an evaluation that the start before had broken off
             self._save(trainer, score)
