@@ -16,11 +16,11 @@ from tests.campaigns import starts
 from tests.campaigns.starts import Forked
 from tests.conftest import small_disk_of
 from tests.dist.conftest import Stage, staged
+from toolkit.proof import NOT_OF_THE_JOB
 
 pytestmark = pytest.mark.timeout(120)
 
 TRAIN = ["train", "digits.yaml", "schedule.name=held:cosine", "log.every_steps=1"]
-NOT_OF_THE_JOB = {"train/samples_per_s", "checkpoint/failures"}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -181,7 +181,7 @@ def from_rank_0(decide: Callable[[], Any]) -> Any:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every rank's plain data, in their order, on rank 0; elsewhere this rank's own alone."""
+    """Every rank's plain data, in their order, on every rank."""
     if not dist.is_initialized():
         return [value]
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -189,11 +189,20 @@ def gathered(value: Any) -> list[Any]:
     dist.all_gather(sizes, torch.tensor([content.numel()]))
     padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
     padded[: content.numel()] = content
-    places = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
-    dist.gather(padded, places)
-    if places is None:
-        return [value]
+    places = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(places, padded)
     return [json.loads(place[: int(size)].numpy().tobytes()) for place, size in zip(places, sizes, strict=True)]
+
+
+def from_all_ranks(value: float) -> list[float]:
+    """Every rank's number, in their order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    numbers = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+    numbers[dist.get_rank()] = value
+    dist.all_reduce(numbers)
+    found: list[float] = numbers.tolist()
+    return found
 
 
 def first_of_ranks(words: str) -> str:

@@ -29,7 +29,7 @@ from toolkit.errors import RunError
 from toolkit.run import Run
 
 POLL_S = 0.002
-NOT_OF_THE_JOB = {"train/samples_per_s", "checkpoint/failures"}
+NOT_OF_THE_JOB = {"train/samples_per_s", "train/slowest_rank", "train/slowest_over_median", "checkpoint/failures"}
 
 
 @dataclass(frozen=True)

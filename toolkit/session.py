@@ -32,6 +32,7 @@ from toolkit.observers.heartbeat import Heartbeat
 from toolkit.observers.metrics import Metrics
 from toolkit.observers.progress import ProgressBar
 from toolkit.observers.samples import recorded
+from toolkit.observers.stragglers import Stragglers
 from toolkit.randomness import derive, seed_everything
 from toolkit.run import COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
@@ -68,7 +69,7 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
     _rehearse(parts)
     attempt = distributed.from_rank_0(lambda: _open(run, job, parts, machine, command, console))
     with settled():
-        return _trained(run, job, parts, attempt, signals, console)
+        return _trained(run, job, parts, attempt, machine, signals, console)
 
 
 def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
@@ -170,7 +171,9 @@ def _open(run: Run, job: Job, parts: Parts, machine: dict[str, Any], command: Se
     return attempt
 
 
-def _trained(run: Run, job: Job, parts: Parts, attempt: int, signals: StopSignals, console: Console) -> Result:
+def _trained(
+    run: Run, job: Job, parts: Parts, attempt: int, machine: dict[str, Any], signals: StopSignals, console: Console
+) -> Result:
     trainer, say = parts.trainer, _to(console)
     saves = persistence.checkpoints(run, job, trainer, attempt, parts.resolved, say)
     try:
@@ -179,7 +182,7 @@ def _trained(run: Run, job: Job, parts: Parts, attempt: int, signals: StopSignal
         wishes = {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
         trainer.fit(
             _remaining(run, job, parts, attempt),
-            _observers(run, job, parts, saves, console),
+            _observers(run, job, parts, saves, machine["hosts"], console),
             Agreement(trainer.ranks, wishes),
         )
         epoch = trainer.state.step * job.data.global_batch_size // parts.steps.sampler.size
@@ -200,7 +203,9 @@ def _remaining(run: Run, job: Job, parts: Parts, attempt: int) -> Iterable[Any]:
     return recorded(steps, run, attempt, trainer) if job.log.samples else steps
 
 
-def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Console) -> list[Observer]:
+def _observers(
+    run: Run, job: Job, parts: Parts, saves: Checkpoints, hosts: Sequence[str], console: Console
+) -> list[Observer]:
     """In the order in which they act after a step: a line of metrics must be written before the checkpoint that vouches
     for it.
     """
@@ -223,10 +228,15 @@ def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Co
     progress, leads = ProgressBar(console), parts.trainer.ranks.leads
     sinks = [run.metrics.append, progress.show] if leads else []
     amend = run.metrics.open if leads else lambda step, values: None
-    metrics = Metrics(job.log.every_steps, steps_per_epoch, sinks, job.checkpoint.every_steps, saves.counts, amend)
+    stragglers = Stragglers(hosts, _to(console))
+
+    def counts() -> dict[str, float]:
+        return saves.counts() | stragglers.counts()
+
+    metrics = Metrics(job.log.every_steps, steps_per_epoch, sinks, job.checkpoint.every_steps, counts, amend)
     heartbeat = Heartbeat(run, steps_per_epoch, saves.checkpointer, _to(console))
     told: list[Observer] = [heartbeat, progress] if leads else []
-    return [*averaging, evaluation, metrics, saves, *told, Beat()]
+    return [*averaging, evaluation, metrics, saves, *told, Beat(), stragglers]
 
 
 def _to(console: Console) -> Callable[[str], None]:

@@ -20,8 +20,9 @@ MUST_AGREE = ("toolkit", "git commit", "changes since", "image", "python", "torc
 
 
 def meet() -> dict[str, Any]:
-    """Compare all ranks, once at the start. Returns what is worth knowing of this rank's machine, and on rank 0 all
-    hosts. Raises JobError on every rank that names the odd one, with what it has and what the others have.
+    """Compare all ranks, once at the start. Returns what is worth knowing of this machine, and every rank's host.
+
+    Raises JobError on every rank that names the odd one, with what it has and what the others have.
     """
     mine = describe()
     code = source_code()
@@ -32,7 +33,7 @@ def meet() -> dict[str, Any]:
         "changes since": hashlib.sha256(code.get("git_diff", "").encode()).hexdigest()[:12],
     }
     found = distributed.gathered(told)
-    distributed.from_rank_0(lambda: refuse_odd(found))
+    refuse_odd(found)
     return mine | {"hosts": [rank["host"] for rank in found]}
 
 

@@ -34,6 +34,7 @@ import torch
 from tests.campaigns import starts
 from tests.dist.conftest import Stage, staged
 from toolkit import pulse
+from toolkit.proof import NOT_OF_THE_JOB
 from toolkit.run import STOP, Run
 
 STEPS, HELD_AT = 50, 25
@@ -259,16 +260,13 @@ class Outcome:
     @classmethod
     def of(cls, scene: Scene) -> "Outcome":
         lines = scene.stage.place.metrics("runs/job")
-        told = [{key: value for key, value in line.items() if not MEASURED.match(key)} for line in lines]
+        told = [{key: value for key, value in line.items() if key not in NOT_OF_THE_JOB} for line in lines]
         return cls(scene.stage.place.tensors("runs/job", STEPS), told)
 
     def same(self, other: "Outcome") -> bool:
         names = self.tensors.keys()
         equal = names == other.tensors.keys() and all(torch.equal(self.tensors[n], other.tensors[n]) for n in names)
         return equal and self.metrics == other.metrics
-
-
-MEASURED = re.compile("train/(samples_per_s|slowest)")
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from toolkit import storage
 from toolkit.checkpoint import Archive
 from toolkit.checkpoint import manifest as manifests
 from toolkit.checkpoint.manifest import DamagedError
+from toolkit.proof import NOT_OF_THE_JOB
 from toolkit.run import Run
 
 SAVE_EVERY = 4
@@ -226,7 +227,7 @@ def outcome(url: str) -> dict[str, Any]:
     archive = Archive(f"{url}/checkpoints")
     last = archive.find("last")
     lines = [
-        {key: value for key, value in line.items() if key != "train/samples_per_s"} for line in Run(url).metrics.read()
+        {key: value for key, value in line.items() if key not in NOT_OF_THE_JOB} for line in Run(url).metrics.read()
     ]
     return {
         "tensors": tensors_of(url, last),

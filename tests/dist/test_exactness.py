@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from toolkit.proof import NOT_OF_THE_JOB
+
 pytestmark = pytest.mark.timeout(240)
 
 STEPS = 24
@@ -26,7 +28,7 @@ def options(processes: int, workers: int, micro_batch_size: int, log_every: int)
 
 def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of metrics as far as they are a function of the job."""
-    return [{key: value for key, value in line.items() if key != "train/samples_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in NOT_OF_THE_JOB} for line in lines]
 
 
 # Each job at each number of ranks, each number of ranks with and without loader workers. Micro-batches never divide

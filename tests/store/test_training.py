@@ -19,6 +19,7 @@ from tests.test_lock import race
 from tests.test_persistence import hold_commit
 from toolkit import storage
 from toolkit.checkpoint import Archive
+from toolkit.proof import NOT_OF_THE_JOB
 from toolkit.run import Run
 
 pytestmark = pytest.mark.timeout(180)
@@ -99,8 +100,9 @@ def note_failures() -> None:
 
 
 def lines(url: str) -> list[dict[str, Any]]:
-    left_out = {"train/samples_per_s", "checkpoint/failures"}
-    return [{key: value for key, value in line.items() if key not in left_out} for line in Run(url).metrics.read()]
+    return [
+        {key: value for key, value in line.items() if key not in NOT_OF_THE_JOB} for line in Run(url).metrics.read()
+    ]
 
 
 def saved(url: str) -> list[int]:
