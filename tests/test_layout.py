@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "deaths": LEAVES,
     "watchdog": LEAVES | {"attempt"},
     "postmortem": LEAVES | {"storage", "run", "oom", "deaths"},
+    "notebook": LEAVES | {"config", "run"},
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
     "supervisor": LEAVES
     | {"run", "lock", "storage", "config", "signals", "attempt", "watchdog", "postmortem", "oom"}
@@ -65,7 +66,7 @@ DOORS = {
     "safetensors": {"checkpoint"},
     "typer": {"cli"},
 }
-READS_ENVIRONMENT = {"cli", "world", "cluster"}
+READS_ENVIRONMENT = {"cli", "notebook", "world", "cluster"}
 
 
 def _part(path: Path) -> str:

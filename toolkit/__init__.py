@@ -12,8 +12,10 @@ _PUBLIC = {
     "Checkpointer": "toolkit.checkpoint",
     "ElasticDistributedSampler": "toolkit.datasets.sampler",
     "JobError": "toolkit.errors",
+    "Run": "toolkit.run",
     "RunError": "toolkit.errors",
     "Trainer": "toolkit.trainer",
+    "launch": "toolkit.notebook",
     "load_job": "toolkit.config",
     "train": "toolkit.session",
 }

@@ -204,9 +204,9 @@ def be_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent() -> None:
-    """The kernel kills this process when its parent dies, however that comes."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """The kernel sends this process a signal when its parent dies, however that comes."""
+    _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def is_gone(pid: int) -> bool:

@@ -77,8 +77,8 @@ class Supervisor:
             with attempts.new_folder() as folder:
                 attempt = Attempt(folder, self.processes)
                 outcome, goes_on = self._attempted(attempt)
-            if outcome.message:
-                print(outcome.message, file=sys.stderr, flush=True)
+            if outcome.message:  # of the command, an error only if it ends with it
+                print(outcome.message, file=sys.stdout if goes_on else sys.stderr, flush=True)
             if not goes_on:
                 return outcome.status
 
