@@ -40,7 +40,7 @@ check: setup ## lint, format and types
 	@$(BIN)/mypy
 
 bench: setup ## measure commands, stream, steps and checkpoints, beside others; minutes
-	@for part in commands stream steps checkpoints checkpoints_s3; do \
+	@for part in commands stream steps agreement checkpoints checkpoints_s3; do \
 		$(BIN)/python -m tests.benchmarks.$$part || missed="$$missed $$part"; \
 	done; [ -z "$$missed" ] || { echo "bounds were missed in:$$missed"; exit 1; }
 

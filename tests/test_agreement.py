@@ -18,7 +18,9 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step_s: float, question_s: float) -> None:
         self.step_s, self.question_s = step_s, question_s
         self.now_s, self.asking_s, self.stop_s, self.step = 0.0, 0.0, float("inf"), 0
-        monkeypatch.setattr(agreement, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr(
+            agreement, "time", SimpleNamespace(monotonic=lambda: self.now_s, process_time=lambda: self.now_s)
+        )
         monkeypatch.setattr(agreement.dist, "all_reduce", self._all_reduce)
         self.agreement = Agreement(Ranks(0, 2, 0), {"save": lambda: False, "stop": lambda: False})
 
@@ -65,6 +67,14 @@ def test_a_wish_of_another_rank_is_known_within_a_second(
         assert agreed == {"stop"}
         # No rank is asked inside a step, so one that is longer than a second is the least there can be.
         assert world.now_s - stop_s <= max(1.0, step_s) + step_s + question_s
+
+
+def test_a_wish_in_the_first_steps_is_known_soon_however_fast_the_start_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 2e-3, 2e-4)
+    world.agreement.reached()  # before the first step, as `fit` does
+    world.stop_s = 0.001
+    while not world.take_step():
+        assert world.now_s < 1
 
 
 def test_ranks_ask_after_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:

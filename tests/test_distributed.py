@@ -63,3 +63,27 @@ def test_a_place_outside_the_world_is_refused(wrong: dict[str, str]) -> None:
     ((name, value),) = wrong.items()
     with pytest.raises(JobError, match=rf"{name}\b.*{value}\b"):
         ranks_from(TORCHRUN | wrong)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (TORCHRUN | {"TOOLKIT_WORLD_SIZE": "16"}, "8 ranks where 16 were asked for"),
+        ({"TOOLKIT_WORLD_SIZE": "16"}, "16 ranks were asked for"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "one of 8 tasks that srun has started"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}, "MASTER_ADDR is localhost"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}, "MASTER_ADDR is 127.0.0.1"),
+    ],
+)
+def test_a_smaller_world_than_was_asked_for_is_refused(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        ranks_from(environment)
+
+
+@pytest.mark.parametrize("more", [{"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "localhost"}, {"TOOLKIT_WORLD_SIZE": "8"}])
+def test_the_world_that_was_asked_for_is_taken(more: dict[str, str]) -> None:
+    assert ranks_from(TORCHRUN | more).world_size == 8
+
+
+def test_one_task_of_srun_may_be_alone() -> None:
+    assert ranks_from({"SLURM_STEP_NUM_TASKS": "1"}) == ALONE

@@ -22,7 +22,7 @@ class OomWatch:
 
     def watch(self, pid: int) -> None:
         """Remember the counters of a process's cgroup, while it lives."""
-        for path in _counters(pid):
+        for path in _counters(_cgroups_of(pid)):
             self._before.setdefault(path, _number(path))
 
     def verdict(self, pid: int) -> str | None:
@@ -55,17 +55,22 @@ def said_by_kernel(pid: int) -> str | None:
     return found
 
 
-def _counters(pid: int) -> list[Path]:
+def _cgroups_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8")
+    return ""
+
+
+def _counters(cgroups: str) -> list[Path]:
     """The files that count kills of the cgroups which a process is in, its own and those above it."""
     paths: list[Path] = []
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, place = line.split(":", 2)
-            if controllers == "memory":
-                paths.append(CGROUPS / "memory" / place.lstrip("/") / "memory.oom_control")
-            elif not controllers:
-                group = CGROUPS / place.lstrip("/")
-                paths += [each / "memory.events" for each in (group, *group.parents) if each.is_relative_to(CGROUPS)]
+    for line in cgroups.splitlines():
+        _, controllers, place = line.split(":", 2)
+        if controllers == "memory":
+            paths.append(CGROUPS / "memory" / place.lstrip("/") / "memory.oom_control")
+        elif not controllers:
+            group = CGROUPS / place.lstrip("/")
+            paths += [each / "memory.events" for each in (group, *group.parents) if each.is_relative_to(CGROUPS)]
     return [path for path in paths if path.exists()]
 
 

@@ -1,11 +1,14 @@
 """The number of ranks is a matter of the machine: samples, weights and evaluations are those of one rank."""
 
+import os
 import shutil
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.conftest import ROOT
 import torch
 
 from toolkit.datasets.digits import Digits
@@ -149,3 +152,22 @@ def test_plain_torchrun_is_the_same_world(stage: Any, equal: Callable[..., bool]
     assert said.count("completed at step 20 of 20") == 1, "one rank speaks"
     assert "Traceback" not in said
     assert equal(stage.place.tensors("runs/plain", 20), stage.place.tensors("runs/ours", 20))
+
+
+def test_a_rank_of_another_world_is_named_and_nothing_is_written(stage: Any) -> None:
+    """Rank 1 has another number of threads, so its sums would differ: it is set where the job's own code is imported."""
+    stage.place.write("sitecustomize.py", ODD)
+    path = os.pathsep.join([str(ROOT), str(stage.folder)])
+    err = stage.place.run(*DIGITS, "--processes=3", "run.dir=runs/x", status=2, PYTHONPATH=path, TMPDIR=str(stage.tmp))
+    assert "the ranks are not of one world" in err
+    assert "rank 1 on host" in err
+    assert "has threads 2, 2 ranks have 1" in err
+    assert err.count("not of one world") == 1
+    assert not (stage.folder / "runs").exists()
+
+
+ODD = """
+import os
+if os.environ.get("RANK") == "1":
+    os.environ["OMP_NUM_THREADS"] = "2"
+"""
