@@ -3,13 +3,14 @@
 Each is a few lines that call a function of another module, imported when the command is run: `--help` imports no torch.
 """
 
+import atexit
 import json
 import os
 import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -223,7 +224,17 @@ def main() -> None:
         status = attempt.leave_rank(os.environ, status, message)
     elif message:
         print(message, file=sys.stderr)
+    if "RANK" in os.environ:
+        _leave(status)
     sys.exit(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End at once: gloo's threads now and then abort a process that Python takes apart, and with it its exit status."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run() -> tuple[int, str]:
