@@ -65,5 +65,7 @@ def failed(run: Run, trainer: Trainer, attempt: int, cause: Exception) -> None:
         return
     with suppress(OSError):  # the cause is what matters, and it is shown whatever the store does
         run.set_status("failed", step=trainer.state.step, reason=str(cause), exit=1)
-        page = postmortem.of_exception(cause, attempt, trainer.ranks.rank, run.newest_checkpoint())
+        blamed = getattr(cause, "rank", None)
+        rank = trainer.ranks.rank if blamed is None else blamed
+        page = postmortem.of_exception(cause, attempt, rank, run.newest_checkpoint())
         postmortem.write(run, page)

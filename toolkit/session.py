@@ -5,7 +5,7 @@ The only module that knows both the job file and the loop.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from toolkit.datasets.transforms import TRANSFORMS
 from toolkit.distributed import ALONE, Ranks
 from toolkit.ending import PLAIN, Result
 from toolkit.errors import JobError, RunError
+from toolkit.lost import Guard
 from toolkit.models import MODELS
 from toolkit.observers.averaging import Averaging
 from toolkit.observers.beat import Beat
@@ -117,6 +118,7 @@ def _trainer(
         clip_grad_norm=job.train.clip_grad_norm,
         ema=optim.Ema(model, job.train.ema_decay) if job.train.ema_decay else None,
         eval_precision=job.eval.precision and distributed.choose_precision(job.eval.precision, device),
+        guard=Guard(job.train.on_nan, job.train.spike_grad_norm, sampler.batch_number),
     )
 
 
@@ -176,15 +178,14 @@ def _trained(run: Run, job: Job, parts: Parts, attempt: int, signals: StopSignal
     try:
         persistence.begin(run, job, trainer, saves, say)
         _announce(run, job, parts, console)
-        wishes = {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
-        trainer.fit(
-            _remaining(run, job, parts, attempt),
-            _observers(run, job, parts, saves, console),
-            Agreement(trainer.ranks, wishes),
-        )
+        observers, fitted = _observers(run, job, parts, saves, console), False
+        while not fitted:  # again after each rollback
+            wishes = {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
+            with persistence.rolling_back(run, job, trainer, saves, say), _remaining(run, job, parts, attempt) as feed:
+                trainer.fit(feed, observers, Agreement(trainer.ranks, wishes))
+                fitted = True
         epoch = trainer.state.step * job.data.global_batch_size // parts.steps.sampler.size
-        evaluates = bool(parts.val or parts.test)
-        return ending.ended(run, job.run.name, trainer, epoch, evaluates, signals, console)
+        return ending.ended(run, job.run.name, trainer, epoch, bool(parts.val or parts.test), signals, console)
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
         ending.failed(run, trainer, attempt, cause)
@@ -193,11 +194,14 @@ def _trained(run: Run, job: Job, parts: Parts, attempt: int, signals: StopSignal
         run.close()
 
 
-def _remaining(run: Run, job: Job, parts: Parts, attempt: int) -> Iterable[Any]:
-    """The batches of every step that is still to be taken."""
+@contextmanager
+def _remaining(run: Run, job: Job, parts: Parts, attempt: int) -> Iterator[Iterable[Any]]:
+    """The batches of every step that is still to be taken, without those that are skipped; ended with the context."""
     trainer = parts.trainer
+    parts.steps.skip(trainer.state.skipped)
     steps = batches(parts.steps, trainer.state.step, trainer.total_steps, job.data.workers, trainer.device)
-    return recorded(steps, run, attempt, trainer) if job.log.samples else steps
+    with closing(steps), closing(recorded(steps, run, attempt, trainer)) as recording:
+        yield recording if job.log.samples else steps
 
 
 def _observers(run: Run, job: Job, parts: Parts, saves: Checkpoints, console: Console) -> list[Observer]:

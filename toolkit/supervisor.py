@@ -186,6 +186,8 @@ def _in_words(attempt: Attempt) -> Outcome:
         message = notes[rank]["message"]
         if notes[rank]["exit"] == 2:
             return Outcome(2, message)
+        if notes[rank]["blamed"] is not None:  # all say the same, at the same moment
+            rank = notes[rank]["blamed"]
         beat = attempt.pulses().get(rank, Pulse())
         return _failed(Failure(f"rank {rank}:", postmortem.first_line(message), message, AGAIN, beat, rank))
     if len(notes) < attempt.processes:
