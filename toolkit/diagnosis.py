@@ -28,7 +28,8 @@ def explained(
         return error
     for dataset, batches in _suspects(error, trainer, steps, evaluations):
         if words := _bad_sample(dataset, batches, trainer):
-            return _blaming(error, f"{_first_line(error)}: {words}")
+            more = ", or leave its batch out: train.on_nan=rollback" if isinstance(error, LostLossError) else ""
+            return _blaming(error, f"{_first_line(error)}: {words}{more}")
     if isinstance(error, LostLossError):
         remedy = "lower the learning rate, or set train.clip_grad_norm"
         return _blaming(error, f"{error}; every input is finite, so training itself went astray: {remedy}")

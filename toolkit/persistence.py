@@ -98,18 +98,19 @@ def rolling_back(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: 
         if len(trainer.state.skipped) >= job.train.max_rollbacks:
             most = f"train.max_rollbacks is {job.train.max_rollbacks}, and as many batches have been left out"
             raise LostLossError(f"{error}; {most}", error.steps, error.lost) from error
-        _roll_back(run, trainer, saves, error.lost)
+        _roll_back(run, trainer, saves, error.lost, say)
         count = f"rollback {len(trainer.state.skipped)} of {job.train.max_rollbacks}"
         say(f"WARNING: {error}: rolled back to step {trainer.state.step}, and on without them ({count})")
 
 
-def _roll_back(run: Run, trainer: Trainer, saves: Checkpoints, lost: Lost) -> None:
+def _roll_back(run: Run, trainer: Trainer, saves: Checkpoints, lost: Lost, say: Say) -> None:
     """Every rank has found the same step lost, after the same step: see `Interval.mean`."""
     pulse.beat("start")
     state, skipped = trainer.state, sorted([*trainer.state.skipped, lost.batch])
     saves.checkpointer.wait()
-    if saves.checkpointer.resume(state) is None:
-        raise RunError(f"{lost.why}, and there is no checkpoint to go back to; {run.at('checkpoints')} is empty")
+    if saves.checkpointer.resume(state, say) is None:
+        where = storage.shown(run.at("checkpoints"))
+        raise RunError(f"{lost.why}, and {where} has no checkpoint any more to go back to; use --fresh")
     state.skipped = skipped  # a checkpoint knows of those from before it
     events = [*trainer.interval.events, lost.event("rollback", to=state.step)]
     if trainer.ranks.leads:

@@ -180,18 +180,22 @@ def _trained(run: Run, job: Job, parts: Parts, attempt: int, signals: StopSignal
         _announce(run, job, parts, console)
         observers, fitted = _observers(run, job, parts, saves, console), False
         while not fitted:  # again after each rollback
-            wishes = {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
             with persistence.rolling_back(run, job, trainer, saves, say), _remaining(run, job, parts, attempt) as feed:
-                trainer.fit(feed, observers, Agreement(trainer.ranks, wishes))
+                trainer.fit(feed, observers, Agreement(trainer.ranks, _wishes(run, saves, signals)))
                 fitted = True
-        epoch = trainer.state.step * job.data.global_batch_size // parts.steps.sampler.size
-        return ending.ended(run, job.run.name, trainer, epoch, bool(parts.val or parts.test), signals, console)
+        size, evaluates = parts.steps.sampler.size, bool(parts.val or parts.test)
+        return ending.ended(run, job.run.name, trainer, size, evaluates, signals, console)
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
         ending.failed(run, trainer, attempt, cause)
         raise cause from error
     finally:
         run.close()
+
+
+def _wishes(run: Run, saves: Checkpoints, signals: StopSignals) -> dict[str, Callable[[], bool]]:
+    """What this rank may wish for after a step, and all ranks then agree on."""
+    return {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
 
 
 @contextmanager
