@@ -116,7 +116,7 @@ class Attempt:
         source.close()
 
     def notes(self) -> dict[int, dict[str, Any]]:
-        """What each rank that has started has left: `pid`, and at its end `exit`, `message`, `time_s`."""
+        """What each rank that has started has left: `pid`, and at its end `exit`, `message`, `time_s`, `blamed`."""
         return {int(path.stem[5:]): json.loads(path.read_text()) for path in self.folder.glob("rank-*.json")}
 
     def pulses(self) -> dict[int, Pulse]:
@@ -191,11 +191,14 @@ def enter_rank(environment: Mapping[str, str]) -> None:
     _write_note(environment, {"pid": os.getpid()})
 
 
-def leave_rank(environment: Mapping[str, str], status: int, message: str) -> int:
-    """Note how this rank ended. Returns the status for torchrun, to which a rank that stopped early is a success."""
+def leave_rank(environment: Mapping[str, str], status: int, message: str, blamed: int | None = None) -> int:
+    """Note how this rank ended, and which one it blames for that. Returns the status for torchrun, to which a rank that
+    stopped early is a success.
+    """
     if ATTEMPT_DIR not in environment:
         return status
-    _write_note(environment, {"pid": os.getpid(), "exit": status, "message": message, "time_s": time.time()})
+    ending = {"exit": status, "message": message, "time_s": time.time(), "blamed": blamed}
+    _write_note(environment, {"pid": os.getpid()} | ending)
     return 0 if status == 75 else status
 
 

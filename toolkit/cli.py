@@ -219,34 +219,34 @@ def main() -> None:
         from toolkit import attempt
 
         attempt.enter_rank(os.environ)
-    status, message = _run()
+    status, message, rank = _run()
     if watched:
-        status = attempt.leave_rank(os.environ, status, message)
+        status = attempt.leave_rank(os.environ, status, message, rank)
     elif message:
         print(message, file=sys.stderr)
-    if "RANK" in os.environ:
-        _leave(status)
-    sys.exit(status)
+    _exit(status)
 
 
-def _leave(status: int) -> NoReturn:
-    """End at once: gloo's threads now and then abort a process that Python takes apart, and with it its exit status."""
+def _exit(status: int) -> NoReturn:
+    """End; a rank at once: gloo's threads now and then abort a process that Python takes apart, and its status is lost."""
+    if "RANK" not in os.environ:
+        sys.exit(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _run() -> tuple[int, str]:
-    """(exit status, message) of the command line."""
+def _run() -> tuple[int, str, int | None]:
+    """(exit status, message, which rank is to blame if every one says the same) of the command line."""
     try:
         app()
-        return 0, ""
+        return 0, "", None
     except SystemExit as done:  # also how a wrong command line ends, its message already shown
-        return int(done.code or 0), ""
+        return int(done.code or 0), "", None
     except Exception as error:
         status, message = _told(error)
-        return status, traceback.format_exc() if "--debug" in sys.argv else message
+        return status, traceback.format_exc() if "--debug" in sys.argv else message, getattr(error, "rank", None)
 
 
 def _told(error: Exception) -> tuple[int, str]:

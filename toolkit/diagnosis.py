@@ -17,7 +17,8 @@ from toolkit.datasets.loader import Batch, EvaluationSteps, Failure, TrainingSte
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.deaths import OUT_OF_MEMORY, killed
 from toolkit.errors import RunError
-from toolkit.trainer import LostLossError, Trainer
+from toolkit.lost import LostLossError
+from toolkit.trainer import Trainer
 
 
 def explained(
@@ -32,11 +33,19 @@ def explained(
         return error
     for dataset, batches in _suspects(error, trainer, steps, evaluations):
         if words := _bad_sample(dataset, batches, trainer):
-            return RunError(f"{_first_line(error)}: {words}")
+            more = ", or leave its batch out: train.on_nan=rollback" if isinstance(error, LostLossError) else ""
+            return _blaming(error, f"{_first_line(error)}: {words}{more}")
     if isinstance(error, LostLossError):
         remedy = "lower the learning rate, or set train.clip_grad_norm"
-        return RunError(f"{error}; every input is finite, so training itself went astray: {remedy}")
+        return _blaming(error, f"{error}; every input is finite, so training itself went astray: {remedy}")
     return error
+
+
+def _blaming(error: Exception, words: str) -> RunError:
+    """An error of these words that blames the same rank."""
+    explained = RunError(words)
+    explained.rank = getattr(error, "rank", None)
+    return explained
 
 
 def _suspects(
@@ -53,6 +62,7 @@ def _suspects(
         range(own.size), 1, 0, own.shuffle, own.seed, global_batch_size=own.global_batch_size
     )
     whole = TrainingSteps(steps.whole_dataset, sampler, transforms=steps.transforms)
+    whole.skip(own.skipped)
     for step in error.steps if isinstance(error, LostLossError) else range(now, now + 1):
         yield steps.dataset, whole[step]
 

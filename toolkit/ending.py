@@ -25,9 +25,9 @@ class Result:
 
 
 def ended(
-    run: Run, name: str, trainer: Trainer, epoch: int, evaluates: bool, signals: StopSignals, console: Console
+    run: Run, name: str, trainer: Trainer, samples: int, evaluates: bool, signals: StopSignals, console: Console
 ) -> Result:
-    """Say how a start ended in which nothing failed, and part from the other ranks."""
+    """Say how a start ended in which nothing failed, and part from the other ranks. An epoch has `samples`."""
     step = trainer.state.step
     state, exit_status, reason = "completed", 0, None
     broken_off = "stop" in trainer.agreed and evaluates  # the last evaluation is still to be made
@@ -42,6 +42,7 @@ def ended(
         found = "".join(f"  {key} {value:.4f}" for key, value in sorted(metrics.items()))
         summary = f"{name}: {state} at step {step} of {trainer.total_steps}{found}\n"
         summary += f"run directory: {storage.shown(run.url)}"
+        epoch = step * trainer.global_batch_size // samples
         progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch}
         run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
         if run.wished(STOP):
@@ -65,5 +66,7 @@ def failed(run: Run, trainer: Trainer, attempt: int, cause: Exception) -> None:
         return
     with suppress(OSError):  # the cause is what matters, and it is shown whatever the store does
         run.set_status("failed", step=trainer.state.step, reason=str(cause), exit=1)
-        page = postmortem.of_exception(cause, attempt, trainer.ranks.rank, run.newest_checkpoint())
+        blamed = getattr(cause, "rank", None)
+        rank = trainer.ranks.rank if blamed is None else blamed
+        page = postmortem.of_exception(cause, attempt, rank, run.newest_checkpoint())
         postmortem.write(run, page)

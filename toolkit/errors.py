@@ -7,3 +7,5 @@ class JobError(ValueError):
 
 class RunError(RuntimeError):
     """Training has begun and cannot go on. Exit status 1."""
+
+    rank: int | None = None  # whose fault it is, where every rank says the same and knows that

@@ -1,13 +1,15 @@
 """How a run lasts: where its checkpoints are, when they are written, and where a start of it begins."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from toolkit import optim, storage
+from toolkit import optim, pulse, storage
 from toolkit.checkpoint import Archive, Checkpointer, Policy, export
 from toolkit.config import Job
 from toolkit.errors import JobError, RunError
+from toolkit.lost import Lost, LostLossError
 from toolkit.observers.checkpoints import Checkpoints
 from toolkit.run import SAVE_NOW, Run, digest
 from toolkit.trainer import Trainer
@@ -66,7 +68,8 @@ def check_origin(run: Run, job: Job, trainer: Trainer) -> None:
 def begin(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) -> None:
     """Go to the newest checkpoint, which rank 0 finds, and cut off the metrics of a past that is no more.
 
-    A run that begins with weights from elsewhere saves them at once, and never needs the other run again.
+    A run that begins with weights from elsewhere saves them at once, and never needs the other run again; so does one
+    that may have to come back here.
     """
     state = trainer.state
     resumed = saves.checkpointer.resume(state, say)
@@ -78,4 +81,42 @@ def begin(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) ->
         if state.ema:
             state.ema = optim.Ema(state.model, state.ema.decay)
         say(weights.words())
+    if resumed is None and (job.run.init_from or job.train.on_nan == "rollback"):
         saves.save_first(trainer)
+
+
+@contextmanager
+def rolling_back(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) -> Iterator[None]:
+    """Where a step in here is lost and the job says rollback, the run is at its newest checkpoint afterwards, and
+    `state.skipped` has the batch of that step. Raises LostLossError once `train.max_rollbacks` have been left out.
+    """
+    try:
+        yield
+    except LostLossError as error:
+        if job.train.on_nan != "rollback" or error.lost is None:
+            raise
+        if len(trainer.state.skipped) >= job.train.max_rollbacks:
+            most = f"train.max_rollbacks is {job.train.max_rollbacks}, and as many batches have been left out"
+            raise LostLossError(f"{error}; {most}", error.steps, error.lost) from error
+        _roll_back(run, trainer, saves, error.lost, say)
+        count = f"rollback {len(trainer.state.skipped)} of {job.train.max_rollbacks}"
+        say(f"WARNING: {error}: rolled back to step {trainer.state.step}, and on without them ({count})")
+
+
+def _roll_back(run: Run, trainer: Trainer, saves: Checkpoints, lost: Lost, say: Say) -> None:
+    """Every rank has found the same step lost, after the same step: see `Interval.mean`."""
+    pulse.beat("start")
+    state, skipped = trainer.state, sorted([*trainer.state.skipped, lost.batch])
+    saves.checkpointer.wait()
+    if saves.checkpointer.resume(state, say) is None:
+        where = storage.shown(run.at("checkpoints"))
+        raise RunError(f"{lost.why}, and {where} has no checkpoint any more to go back to; use --fresh")
+    state.skipped = skipped  # a checkpoint knows of those from before it
+    events = [*trainer.interval.events, lost.event("rollback", to=state.step)]
+    if trainer.ranks.leads:
+        cut = [event for line in run.metrics.read() if line["step"] > state.step for event in line.get("events", [])]
+        events = [event for event in cut if event["event"] == "rollback"] + events
+        run.metrics.open(last_step=state.step)
+    trainer.report = {}
+    trainer.interval.restart()
+    trainer.interval.events = events

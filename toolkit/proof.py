@@ -172,17 +172,17 @@ def _in_save(start: _Start, run: Run) -> bool:
 
 
 def _taken(run: Run) -> dict[int, list[int]]:
-    """Step -> the samples that it took, sorted, over all ranks. Of several attempts at a step the last counts."""
+    """Step -> the samples that it took, sorted, over all ranks. Of several times that it was taken the last counts."""
     found: dict[int, tuple[int, list[int]]] = {}
     for name in storage.names(run.at("logs")):
         if not name.startswith("samples-"):
             continue
         attempt = int(name.split("-")[1])
-        for line in storage.read(run.at("logs", name)).rpartition(b"\n")[0].splitlines():
-            record = json.loads(line)
-            before, samples = found.get(record["step"], (0, []))
+        records = map(json.loads, storage.read(run.at("logs", name)).rpartition(b"\n")[0].splitlines())
+        for step, mine in {record["step"]: record["samples"] for record in records}.items():
+            before, samples = found.get(step, (0, []))
             if attempt >= before:
-                found[record["step"]] = (attempt, (samples if attempt == before else []) + record["samples"])
+                found[step] = (attempt, (samples if attempt == before else []) + mine)
     return {step: sorted(samples) for step, (_, samples) in found.items()}
 
 

@@ -5,7 +5,7 @@ The only module that knows both the job file and the loop.
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from toolkit.datasets.transforms import TRANSFORMS
 from toolkit.distributed import ALONE, Ranks
 from toolkit.ending import PLAIN, Result
 from toolkit.errors import JobError, RunError
+from toolkit.lost import Guard
 from toolkit.models import MODELS
 from toolkit.observers.averaging import Averaging
 from toolkit.observers.beat import Beat
@@ -118,6 +119,7 @@ def _trainer(
         clip_grad_norm=job.train.clip_grad_norm,
         ema=optim.Ema(model, job.train.ema_decay) if job.train.ema_decay else None,
         eval_precision=job.eval.precision and distributed.choose_precision(job.eval.precision, device),
+        guard=Guard(job.train.on_nan, job.train.spike_grad_norm, sampler.batch_number),
     )
 
 
@@ -179,15 +181,13 @@ def _trained(
     try:
         persistence.begin(run, job, trainer, saves, say)
         _announce(run, job, parts, console)
-        wishes = {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
-        trainer.fit(
-            _remaining(run, job, parts, attempt),
-            _observers(run, job, parts, saves, machine["hosts"], console),
-            Agreement(trainer.ranks, wishes),
-        )
-        epoch = trainer.state.step * job.data.global_batch_size // parts.steps.sampler.size
-        evaluates = bool(parts.val or parts.test)
-        return ending.ended(run, job.run.name, trainer, epoch, evaluates, signals, console)
+        observers, fitted = _observers(run, job, parts, saves, machine["hosts"], console), False
+        while not fitted:  # again after each rollback
+            with persistence.rolling_back(run, job, trainer, saves, say), _remaining(run, job, parts, attempt) as feed:
+                trainer.fit(feed, observers, Agreement(trainer.ranks, _wishes(run, saves, signals)))
+                fitted = True
+        size, evaluates = parts.steps.sampler.size, bool(parts.val or parts.test)
+        return ending.ended(run, job.run.name, trainer, size, evaluates, signals, console)
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
         ending.failed(run, trainer, attempt, cause)
@@ -196,11 +196,19 @@ def _trained(
         run.close()
 
 
-def _remaining(run: Run, job: Job, parts: Parts, attempt: int) -> Iterable[Any]:
-    """The batches of every step that is still to be taken."""
+def _wishes(run: Run, saves: Checkpoints, signals: StopSignals) -> dict[str, Callable[[], bool]]:
+    """What this rank may wish for after a step, and all ranks then agree on."""
+    return {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
+
+
+@contextmanager
+def _remaining(run: Run, job: Job, parts: Parts, attempt: int) -> Iterator[Iterable[Any]]:
+    """The batches of every step that is still to be taken, without those that are skipped; ended with the context."""
     trainer = parts.trainer
+    parts.steps.skip(trainer.state.skipped)
     steps = batches(parts.steps, trainer.state.step, trainer.total_steps, job.data.workers, trainer.device)
-    return recorded(steps, run, attempt, trainer) if job.log.samples else steps
+    with closing(steps), closing(recorded(steps, run, attempt, trainer)) as recording:
+        yield recording if job.log.samples else steps
 
 
 def _observers(

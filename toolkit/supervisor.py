@@ -189,6 +189,8 @@ def _in_words(attempt: Attempt) -> Outcome:
         message = notes[rank]["message"]
         if notes[rank]["exit"] == 2:
             return Outcome(2, message)
+        if notes[rank]["blamed"] is not None:  # all say the same, at the same moment
+            rank = notes[rank]["blamed"]
         beat = attempt.pulses().get(rank, Pulse())
         kind = re.sub(r"\d+", "N", postmortem.first_line(message))  # a pid is another each time
         return _failed(Failure(f"rank {rank}:", kind, message, f"mend it; {AGAIN}", beat, rank))

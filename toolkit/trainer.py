@@ -7,8 +7,8 @@ trainer.fit(batches, observers)
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from toolkit import distributed, pulse
 from toolkit.agreement import Agreement
 from toolkit.distributed import ALONE, Ranks
-from toolkit.errors import RunError
+from toolkit.lost import Guard, Interval
 from toolkit.randomness import derive, seed_everything
 
 Schedule = Callable[[int], float]
@@ -36,14 +36,7 @@ class State:
     step: int = 0
     best: float | None = None
     ema: Any = None  # an optim.Ema, which this module need not know, or None
-
-
-class LostLossError(RunError):
-    """The loss is not a number any more, or infinite, in one of these steps."""
-
-    def __init__(self, loss: float, steps: range) -> None:
-        super().__init__(f"the loss is {loss} in one of the steps {steps.start + 1} to {steps.stop}")
-        self.steps = steps
+    skipped: list[int] = field(default_factory=list)  # batches of the stream that are left out, by number, sorted
 
 
 class Observer(Protocol):
@@ -78,16 +71,17 @@ class Trainer:
         clip_grad_norm: float | None = None,
         ema: Any = None,
         eval_precision: str | None = None,
+        guard: Guard | None = None,
     ) -> None:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.state = State(model, optimizer, scaler, ema=ema)
         self.model = distributed.wrap(model, device)
-        self.task, self.schedule = task, schedule
+        self.task, self.schedule, self.guard = task, schedule, guard or Guard()
         self.device, self.ranks, self.seed = device, ranks, seed
         self.total_steps, self.global_batch_size, self.clip_grad_norm = total_steps, global_batch_size, clip_grad_norm
         self.autocast, self.eval_autocast = (_autocast(device, p) for p in (precision, eval_precision or precision))
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.interval = Interval(device, global_batch_size)
+        self.interval = Interval(device, global_batch_size, self.guard, ranks, scaler.is_enabled())
         self.evaluating, self.output_shape = False, torch.Size()
         self.agreement, self.agreed = Agreement(ranks, {}), frozenset[str]()
         self.report: dict[str, float] = {}  # what this step has to say beside its losses, such as val/accuracy
@@ -121,11 +115,13 @@ class Trainer:
         factor = self.schedule(self.state.step)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+        self.guard.before(self.state.model)
         self.backward(micro_batches)
-        if self.clip_grad_norm:
+        if self.clip_grad_norm or self.guard.watches:
             scaler.unscale_(optimizer)
-            self.interval.grad_norm = self._clip(self.clip_grad_norm)
-        scaler.step(optimizer)
+            self.interval.norms.append(self._clip(self.clip_grad_norm or inf))
+        if self.guard.allows(self.interval.norms, optimizer):
+            scaler.step(optimizer)
         scaler.update()
         for parameter in self.parameters:
             parameter.grad = None
@@ -163,21 +159,22 @@ class Trainer:
         return factor
 
     def _clip(self, largest: float) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_` in half its time. Returns the norm before, on the device."""
+        """`torch.nn.utils.clip_grad_norm_` in half its time; only measured if `largest` is infinite.
+
+        Returns the norm before, on the device.
+        """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+        if largest < inf:
+            torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def mean_loss(self) -> float:
-        """The mean loss of the steps since the last report, the same on every rank.
+        """The mean loss of the steps since the last report, the same on every rank; see `Interval.mean`.
 
-        Raises LostLossError if it is no number.
+        Raises LostLossError if a step is lost, unless it was skipped.
         """
-        mean, step = self.interval.mean(), self.state.step
-        if not isfinite(mean):
-            raise LostLossError(mean, range(step - self.interval.steps, step))
-        return mean
+        return self.interval.mean(self.state.step)
 
     def rehearse(self, micro_batches: Sequence[Any]) -> None:
         """One forward and backward whose result is thrown away; the state is as it was.
@@ -229,38 +226,6 @@ class Trainer:
             for name in sorted(sums)
             for ratio in [distributed.sum_over_ranks(sums[name]).tolist()]
         }
-
-
-class Interval:
-    """The losses of the steps since the last report, summed on the device, so that no step waits for a number."""
-
-    def __init__(self, device: torch.device, global_batch_size: int) -> None:
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.device, self.global_batch_size = device, global_batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        self.total: Tensor = torch.zeros((), device=self.device)
-        self.steps = 0
-        self.grad_norm: Tensor | None = None
-        self.elsewhere_s = 0.0  # time that went into evaluation
-        self._mean: float | None = None
-
-    def add(self, loss: Tensor) -> None:
-        """The sum of the losses of this rank's share of one global batch."""
-        self.total += loss
-        self.steps += 1
-        self._mean = None
-
-    def mean(self) -> float:
-        """Mean loss of the global batches so far.
-
-        Waits for the device, and for the other ranks: all must ask after the same step.
-        """
-        if self._mean is None:
-            total = distributed.sum_over_ranks(self.total.clone()).item()
-            self._mean = total / (self.global_batch_size * max(1, self.steps))
-        return self._mean
 
 
 def _train_mode(model: nn.Module) -> None:

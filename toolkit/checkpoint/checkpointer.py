@@ -74,7 +74,7 @@ class Checkpointer:
         What killed saves have left is removed, and what is too old. One that is damaged is named through `say`, put
         aside under damaged/, and the one before is taken. Raises RunError if none is left.
         """
-        damage = ""
+        damage, self._scores = "", None
         distributed.from_rank_0(self.archive.clean)
         while True:
             step, words = distributed.from_rank_0(lambda: self.archive.newest_or_aside(say))
@@ -176,7 +176,7 @@ class Checkpointer:
         """Rank 0's side: its share, everyone's parts, the manifest, and only then the end of what is too old."""
         self._clean_failed()
         writer.check_space(folder, max(snapshot.plan.bytes, snapshot.plan.replicated_bytes))
-        state_name, state = f"state-{serial}.json", values.model_dump_json().encode()
+        state_name, state = f"state-{serial}.json", values.encoded()
         written = [state_name]
         try:
             parts = [writer.write_share(folder, serial, 0, snapshot)]

@@ -187,6 +187,11 @@ class Values(_Model):
     trained: Annotated[list[Name], Field(fail_fast=True)]
     optimizer: dict[Name, Annotated[bool | int | float | str | None, _AtOnce]]
     tied: dict[Name, Annotated[Name, _AtOnce]]
+    skipped: Annotated[list[Bytes], Field(fail_fast=True)] = []
+
+    def encoded(self) -> bytes:
+        """The content of the file. What has a default, and is it, is not written: no reader of format 2 needs it."""
+        return self.model_dump_json(exclude_defaults=True).encode()
 
 
 Model = TypeVar("Model", bound=_Model)

@@ -42,6 +42,7 @@ def to_plain(state: Any) -> tuple[dict[str, Tensor], Values]:
         trained=sorted(trained),
         optimizer=plain,
         tied=tied(state.model),
+        skipped=list(getattr(state, "skipped", ())),
     )
     return tensors, values
 
@@ -92,7 +93,7 @@ def restore(state: Any, tensors: Mapping[str, Tensor], values: Values) -> None:
         name, _, key = path.rpartition("/")
         state.optimizer.state[trained[name]][key] = value
     state.scaler.load_state_dict(dict(values.scaler))
-    state.step, state.best = values.step, values.best
+    state.step, state.best, state.skipped = values.step, values.best, list(values.skipped)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -95,12 +95,30 @@ class Train(Section):
     freeze: tuple[str, ...] = Field(
         (), strict=False, description="patterns of parameter names, such as layers.0.*, that are not trained"
     )
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="what to do about a step whose loss or gradient is no number: end the run, leave the step out, or "
+        "go back to the newest checkpoint and on without the step's batch",
+    )
+    max_rollbacks: int = Field(3, ge=0, description="how many batches rollback may leave out before the run ends")
+    spike_grad_norm: float | None = Field(
+        None, gt=0, description="an L2 norm of the gradient, before clipping, from above which on_nan applies, too"
+    )
     strategy: Literal["auto", "ddp"] = Field("auto", description="how several ranks hold the model; auto: ddp")
 
     @model_validator(mode="after")
     def _ends(self) -> "Train":
         if self.epochs is None and self.max_steps is None:
             raise ValueError("give epochs or max_steps, so that the run has an end")
+        return self
+
+    @model_validator(mode="after")
+    def _one_who_skips(self) -> "Train":
+        if self.precision == "fp16" and (self.on_nan != "stop" or self.spike_grad_norm):
+            raise ValueError(
+                "in fp16 the loss scaler leaves out steps whose gradient overflows, as its normal work: "
+                "use bf16 or fp32, or leave on_nan at stop and spike_grad_norm at null"
+            )
         return self
 
 

@@ -7,7 +7,7 @@ import atexit
 import ctypes
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -52,7 +52,12 @@ class TrainingSteps(Dataset[Any]):
         self.dataset = self.split.dataset if self.split else dataset
         self.sampler, self.transforms = sampler, transforms
         self.micro_batch_size = micro_batch_size or sampler.batch_size
-        self._block = sampler.block(0)._replace(steps=range(0))
+        self.skip(())
+
+    def skip(self, skipped: Sequence[int]) -> None:
+        """From now on the batches of these numbers are left out. Workers that have been started do not know of it."""
+        self.sampler.skip(skipped)
+        self._block = self.sampler.block(0)._replace(steps=range(0))
 
     def share(self, step: int) -> tuple[Int64s, Int64s]:
         """This rank's (epochs, sample indices) of a step; of a split, the indices in the whole dataset."""
@@ -107,7 +112,7 @@ class EvaluationSteps(Dataset[Any]):
 
 def batches(
     steps: TrainingSteps | EvaluationSteps, start: int, stop: int, workers: int, device: torch.device
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch]]:
     """The micro-batches of steps start..stop-1 on the device.
 
     Raises RunError that names the sample that cannot be read.
@@ -237,7 +242,7 @@ def _moved(step: list[Batch], device: torch.device) -> list[Batch]:
     return moved
 
 
-def _prefetched(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
+def _prefetched(steps: Generator[list[Batch]], device: torch.device) -> Generator[list[Batch]]:
     """Copy the next step from pinned memory on a side stream while the current one computes."""
     side = torch.cuda.Stream(device)
     arriving: list[Batch] | None = None

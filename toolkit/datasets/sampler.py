@@ -8,14 +8,14 @@ for epoch in range(sampler.epoch, epochs):
     for inputs, targets in loader: ...
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from toolkit.datasets.stream import Int64s, order
+from toolkit.datasets.stream import Int64s, batch_numbers, order
 
 _BLOCK = 8192  # positions computed at once: the cost of one NumPy call is shared, the memory stays small
 
@@ -70,6 +70,11 @@ class ElasticDistributedSampler(DistributedSampler[int]):
         self.first = rank * global_batch_size // world_size
         self.batch_size = (rank + 1) * global_batch_size // world_size - self.first
         self.step = 0
+        self.skip(())
+
+    def skip(self, skipped: Sequence[int]) -> None:
+        """From now on the batches of these numbers are left out, whose steps take the next ones."""
+        self.skipped = sorted(skipped)
         self._block = Block(range(0), self.batch_size, np.empty(0, np.int64), np.empty(0, np.int64))
 
     def share(self, step: int) -> tuple[Int64s, Int64s]:
@@ -78,10 +83,15 @@ class ElasticDistributedSampler(DistributedSampler[int]):
             self._block = self.block(step)
         return self._block.share(step)
 
+    def batch_number(self, step: int) -> int:
+        """Which batch of the stream a step takes: positions [n*B, (n+1)*B). It is the step's own if none is skipped."""
+        return int(batch_numbers(np.array([step]), self.skipped)[0])
+
     def block(self, step: int) -> Block:
         """This rank's shares of `step` and of some steps after it, computed together."""
         steps = range(step, step + max(1, _BLOCK // self.batch_size))
-        starts = np.arange(steps.start, steps.stop, dtype=np.int64) * self.global_batch_size + self.first
+        numbers = batch_numbers(np.arange(steps.start, steps.stop, dtype=np.int64), self.skipped)
+        starts = numbers * self.global_batch_size + self.first
         positions = (starts[:, None] + np.arange(self.batch_size)).ravel()
         epochs, within = np.divmod(positions, self.size)
         indices = order(self.size, self.seed, epochs, within) if self.shuffle else within

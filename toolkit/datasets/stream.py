@@ -7,6 +7,7 @@ Arbitrary Finite Domains", CT-RSA 2002). Its round function is the finaliser of 
 "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
 """
 
+from collections.abc import Sequence
 from math import isqrt
 
 import numpy as np
@@ -42,6 +43,14 @@ def order(size: int, seed: int, epochs: Int64s, positions: Int64s) -> Int64s:
         shuffled[outside] = _feistel(rows, columns, keys[outside], shuffled[outside])
         outside = outside[shuffled[outside] >= size]
     return shuffled.astype(np.int64)
+
+
+def batch_numbers(steps: Int64s, skipped: Sequence[int]) -> Int64s:
+    """The batch that each step takes: of all whose numbers are not in `skipped`, which is sorted, the step-th."""
+    earlier = np.asarray(skipped, np.int64) - np.arange(
+        len(skipped)
+    )  # the first step that each no longer stands before
+    return steps + np.searchsorted(earlier, steps, side="right")
 
 
 def _feistel(rows: int, columns: int, keys: Uint64s, values: Uint64s) -> Uint64s:

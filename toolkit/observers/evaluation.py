@@ -29,7 +29,10 @@ class Evaluation:
             self.after_step(trainer)
 
     def after_step(self, trainer: Any) -> None:
-        for prefix, batches in self._sets(trainer).items():
+        sets = self._sets(trainer)
+        if sets:
+            trainer.mean_loss()  # raises if it is no number: a model that is lost is not worth an evaluation
+        for prefix, batches in sets.items():
             if "stop" not in trainer.agreed:
                 trainer.report |= {prefix + name: value for name, value in trainer.evaluate(batches()).items()}
 

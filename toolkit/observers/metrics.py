@@ -47,9 +47,10 @@ class Metrics:
             "train/samples_per_s": round(
                 interval.steps * trainer.global_batch_size / max(now_s - self.since_s - interval.elsewhere_s, 1e-9), 1
             ),
-            **({"train/grad_norm": interval.grad_norm.item()} if interval.grad_norm is not None else {}),
+            **({"train/grad_norm": interval.norms[-1].item()} if interval.norms else {}),
             **trainer.report,
             **self.counts(),
+            **({"events": events} if (events := interval.told()) else {}),
         }
         for sink in self.sinks:
             sink(line)

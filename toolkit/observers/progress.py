@@ -20,10 +20,11 @@ class ProgressBar:
             TextColumn("left"), TimeRemainingColumn(),
             console=console, auto_refresh=False, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
+        self.task = self.bar.add_task("train", words="")
         self.next_s = 0.0
 
     def start(self, trainer: Any) -> None:
-        self.task = self.bar.add_task("train", total=trainer.total_steps, completed=trainer.state.step, words="")
+        self.bar.update(self.task, total=trainer.total_steps, completed=trainer.state.step)
         self.bar.start()
 
     def after_step(self, trainer: Any) -> None:
@@ -33,19 +34,23 @@ class ProgressBar:
             self.next_s = now_s + self.REDRAW_S
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """A line of metrics has come: evaluations are printed, losses go beside the bar or, now and then, on a line of
-        their own.
+        """A line of metrics has come: evaluations and skipped steps are printed, losses go beside the bar or, now and
+        then, on a line of their own.
         """
         self.words = (
             f"epoch {line['epoch']}  loss {line['train/loss']:.4f}  {line['train/samples_per_s']:.0f} samples/s"
         )
         found = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith(("val/", "test/")))
+        for event in line.get("events", []):
+            if event["event"] == "skip":  # a rollback has been said when it came
+                self._print(f"WARNING: {event['why']}: skipped, positions {event['positions']} of the stream")
         now_s = time.monotonic()
         if found or (not self.console.is_terminal and now_s >= self.next_s):
-            self.bar.console.print(
-                f"step {line['step']}  {self.words}  {found}".rstrip(), highlight=False, soft_wrap=True
-            )
+            self._print(f"step {line['step']}  {self.words}  {found}".rstrip())
             self.next_s = now_s + (self.REDRAW_S if self.console.is_terminal else self.LINE_S)
 
     def end(self, trainer: Any) -> None:
         self.bar.stop()
+
+    def _print(self, words: str) -> None:
+        self.bar.console.print(words, highlight=False, markup=False, soft_wrap=True)

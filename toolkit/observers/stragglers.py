@@ -25,12 +25,13 @@ class Stragglers:
 
     def __init__(self, hosts: Sequence[str], say: Callable[[str], None]) -> None:
         self.hosts, self.say, self.told = hosts, say, -1
+        self.trainer: Any = None
 
     def start(self, trainer: Any) -> None:
-        self.trainer, self.ranks = trainer, trainer.ranks
-        if self.ranks.world_size > 1:
+        if self.trainer is None and trainer.ranks.world_size > 1:
             trainer.model.register_forward_pre_hook(self._forward_begins)
             trainer.model.register_forward_hook(self._forward_ends)
+        self.trainer, self.ranks = trainer, trainer.ranks
         self._restart()
 
     def after_step(self, trainer: Any) -> None:
