@@ -228,7 +228,7 @@ def main() -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """End; a rank at once: gloo's threads now and then abort a process that Python takes apart, and its status is lost."""
+    """End, a rank at once: gloo's threads may abort a process that Python takes apart, and its status would be lost."""
     if "RANK" not in os.environ:
         sys.exit(status)
     atexit._run_exitfuncs()
