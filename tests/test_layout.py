@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "components": LEAVES,
     "distributed": LEAVES,
     "agreement": LEAVES | {"distributed"},
+    "sharding": LEAVES | {"distributed"},
     "models": LEAVES,
     "tasks": LEAVES,
     "optim": LEAVES | {"components"},

@@ -11,8 +11,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from toolkit import components, datasets, diagnosis, distributed, ending, optim, persistence, postmortem, storage, world
+from toolkit import (
+    components,
+    datasets,
+    diagnosis,
+    distributed,
+    ending,
+    optim,
+    persistence,
+    postmortem,
+    sharding,
+    storage,
+    world,
+)
 from toolkit.agreement import Agreement
 from toolkit.config import Fraction, Job
 from toolkit.config.text import dump
@@ -87,7 +100,7 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
         data, ranks.world_size, ranks.rank, seed=job.run.seed, global_batch_size=job.data.global_batch_size
     )
     micro_batch_size = None if job.train.micro_batch_size == "auto" else job.train.micro_batch_size
-    steps = TrainingSteps(data, sampler, micro_batch_size, transforms)
+    steps = TrainingSteps(data, sampler, micro_batch_size, transforms, in_step=job.train.strategy == "fsdp")
     trainer = _trainer(job, ranks, device, shapes, sampler)
     resolved = {"train.precision": distributed.choose_precision(job.train.precision, device)}
     return Parts(trainer, steps, _evaluated(job, val, steps, ranks), _evaluated(job, test, steps, ranks), resolved)
@@ -96,11 +109,7 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
 def _trainer(
     job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any], sampler: ElasticDistributedSampler
 ) -> Trainer:
-    seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine
-    model = components.build("model", job.model, MODELS, offers=shapes).to(device)
-    optim.freeze(model, job.train.freeze)
-    if job.train.compile:
-        model.compile()
+    model = _model(job, ranks, device, shapes)
     by_epochs = sampler.first_step(job.train.epochs) if job.train.epochs else float("inf")
     total_steps = int(min(by_epochs, job.train.max_steps or float("inf")))
     return Trainer(
@@ -117,7 +126,31 @@ def _trainer(
         clip_grad_norm=job.train.clip_grad_norm,
         ema=optim.Ema(model, job.train.ema_decay) if job.train.ema_decay else None,
         eval_precision=job.eval.precision and distributed.choose_precision(job.eval.precision, device),
+        grad_compression=job.train.grad_compression,
     )
+
+
+def _model(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any]) -> nn.Module:
+    """The job's model, whole or as this rank's share."""
+
+    def make() -> nn.Module:
+        seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine
+        model: nn.Module = components.build("model", job.model, MODELS, offers=shapes)
+        if job.train.sync_batch_norm:
+            model = sharding.with_sync_batch_norm(model, device, ranks.world_size)
+        optim.freeze(model, job.train.freeze)
+        return model
+
+    if job.train.strategy == "fsdp" and ranks.world_size > 1:
+        names = (job.train.precision, job.eval.precision or job.train.precision)
+        model = sharding.build(make, job.model.name, device, *(distributed.choose_precision(n, device) for n in names))
+    else:
+        model = make().to(device)
+    if job.train.activation_checkpointing:
+        sharding.recompute(model)
+    if job.train.compile:
+        model.compile()
+    return model
 
 
 def _evaluated(job: Job, dataset: Any, steps: TrainingSteps, ranks: Ranks) -> EvaluationSteps | None:
