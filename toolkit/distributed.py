@@ -121,7 +121,13 @@ def join(ranks: Ranks, device: torch.device) -> None:
 def leave() -> None:
     """Part from the other ranks."""
     if dist.is_initialized():
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+# Groups that have been left, until the process ends: gloo's destructor holds the GIL while it waits for its threads,
+# and one of them may be waiting for the GIL, to let go of the tensor of the last reduction.
+_left: list[Any] = []
 
 
 def wrap(model: nn.Module, device: torch.device, grad_compression: str | None = None) -> nn.Module:
