@@ -140,8 +140,12 @@ def wrap(model: nn.Module, device: torch.device, grad_compression: str | None = 
     ids = [device.index] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     if grad_compression:
-        wrapped.register_comm_hook(None, bf16_compress_hook)
+        wrapped.register_comm_hook(None, _in_bf16)
     return wrapped
+
+
+def _in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    return bf16_compress_hook(group, bucket)  # by its own name DDP takes it with NCCL only, and gloo can do it, too
 
 
 def is_sharded(model: nn.Module) -> bool:

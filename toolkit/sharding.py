@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from toolkit import distributed
@@ -56,18 +57,17 @@ def shard(model: nn.Module, device: torch.device, precision: str) -> None:
     fp32. That is meant to be used under autocast, which keeps norms, softmax and losses in fp32 as it does for DDP.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    full = MixedPrecisionPolicy()
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    full, norms = MixedPrecisionPolicy(), list[nn.Module]()
+    policy = full
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        norms = [module for module in model.modules() if isinstance(module, _NormBase)]  # their statistics are fp32
     for (
         parameter
     ) in model.parameters():  # channels last, for example, is refused; it is what is computed in that counts
         parameter.data = parameter.data.contiguous()
-    if precision == "bf16":
-        for module in model.modules():  # its kernels want weights of the type of its statistics
-            if isinstance(module, nn.modules.batchnorm._NormBase) and any(True for _ in module.parameters()):
-                fully_shard(module, mesh=mesh, mp_policy=full)
-    for part in [*_untied(model), model]:
-        fully_shard(part, mesh=mesh, mp_policy=policy if precision == "bf16" else full)
+    for part in dict.fromkeys([*norms, *_untied(model), model]):
+        fully_shard(part, mesh=mesh, mp_policy=full if part in norms else policy)
 
 
 def with_sync_batch_norm(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
