@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -144,7 +145,7 @@ def wrap(model: nn.Module, device: torch.device, grad_compression: str | None = 
     return wrapped
 
 
-def _in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _in_bf16(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     return bf16_compress_hook(group, bucket)  # by its own name DDP takes it with NCCL only, and gloo can do it, too
 
 

@@ -69,12 +69,12 @@ class Tied(nn.Module):
         return self.head(stream)
 
 
-def taken(words: list[str], strategy: str) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+def taken(words: list[str]) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
     """What STEPS steps and two evaluations show, and the weights they end with."""
-    job = load_job(words[0], [*words[1:], f"train.strategy={strategy}"])
+    job = load_job(words[0], words[1:])
     parts = session.build(job, ranks_from(os.environ), torch.device("cpu"))
     trainer, found = parts.trainer, dict[str, list[float]](losses=[], norms=[], evaluation=[])
-    assert isinstance(trainer.model, FSDPModule) == (strategy == "fsdp")
+    assert isinstance(trainer.model, FSDPModule) == ("train.strategy=fsdp" in words)
     feed = batches(parts.steps, 0, STEPS, 0, trainer.device)
     for step, micro_batches in enumerate(feed):
         trainer.step(micro_batches)
@@ -93,8 +93,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def compared(words: list[str]) -> dict[str, float]:
-    (ours, weights), (ddp, expected) = taken(words, "fsdp"), taken(words, "ddp")
+def compared(words: list[str], change: str = "train.strategy=fsdp") -> dict[str, float]:
+    (ours, weights), (ddp, expected) = taken([*words, change]), taken(words)
     differences = {what: max(abs(a - b) for a, b in zip(ours[what], ddp[what], strict=True)) for what in ddp}
     assert weights.keys() == expected.keys()
     differences["weights"] = max(float((weights[name] - expected[name]).abs().max()) for name in expected)
@@ -106,6 +106,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of views: nobody writes into them here
     os.chdir(ROOT)
     everything: dict[str, Any] = {name: compared(words) for name, words in CASES.items()}
+    everything["bf16 gradients"] = compared(GPT, "train.grad_compression=bf16")
     if dist.get_rank() == 0:
         print(json.dumps(everything), flush=True)
     dist.barrier()
