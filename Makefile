@@ -39,8 +39,8 @@ check: setup ## lint, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## measure commands, stream, steps and checkpoints, beside others; minutes
-	@for part in commands stream steps agreement checkpoints checkpoints_s3; do \
+bench: setup ## measure commands, stream, steps, shards and checkpoints, beside others; minutes
+	@for part in commands stream steps agreement sharding checkpoints checkpoints_s3; do \
 		$(BIN)/python -m tests.benchmarks.$$part || missed="$$missed $$part"; \
 	done; [ -z "$$missed" ] || { echo "bounds were missed in:$$missed"; exit 1; }
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 
 from tests.conftest import DIGITS
 from tests.test_trainer import CPU, network, samples, trainer_of, weights
-from toolkit import session
+from toolkit import evaluation, session
 from toolkit.checkpoint import Archive
 from toolkit.config import Job, load_job
 from toolkit.distributed import ALONE
@@ -225,7 +225,7 @@ def test_a_run_averages_after_every_step_and_evaluates_and_saves_the_result(fold
     parts.trainer.state.model.load_state_dict(expected)
     parts.trainer.state.ema = None
     assert told == pytest.approx(parts.trainer.evaluate([parts.test[i] for i in range(len(parts.test))])["loss"])
-    assert session.evaluate(job, job.run.dir)["test/loss"] == pytest.approx(told)
+    assert evaluation.evaluate(job, job.run.dir)["test/loss"] == pytest.approx(told)
 
 
 def test_a_resumed_average_is_that_of_an_undisturbed_run(folder: Path) -> None:

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "components": LEAVES,
     "distributed": LEAVES,
     "agreement": LEAVES | {"distributed"},
+    "sharding": LEAVES | {"distributed"},
     "models": LEAVES,
     "tasks": LEAVES,
     "optim": LEAVES | {"components"},
@@ -54,6 +55,7 @@ MAY_IMPORT = {
     "deaths": LEAVES,
     "watchdog": LEAVES | {"attempt"},
     "postmortem": LEAVES | {"storage", "run", "oom", "deaths"},
+    "evaluation": LEAVES | {"storage", "config", "distributed", "persistence", "session"},
     "notebook": LEAVES | {"config", "run"},
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
     "supervisor": LEAVES

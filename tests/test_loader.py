@@ -132,6 +132,24 @@ def test_a_share_is_cut_into_micro_batches_of_at_most_the_size_asked_for(
     assert [len(batch.input) for batch in step] == [len(batch.indices) for batch in step] == sizes
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("micro_batch_size", [None, 2, 3, 5, 10, 16])
+def test_ranks_in_step_have_as_many_micro_batches_each(world_size: int, micro_batch_size: int | None) -> None:
+    for batch in (31, 32, 33, world_size):
+        steps = [
+            training(Items(), world_size, rank, batch, micro_batch_size=micro_batch_size, in_step=True)[0]
+            for rank in range(world_size)
+        ]
+        sizes = [[len(part.indices) for part in step] for step in steps]
+        assert len({len(of_rank) for of_rank in sizes}) == 1
+        assert sum(map(sum, sizes)) == batch
+        assert all(0 < size <= (micro_batch_size or batch) for of_rank in sizes for size in of_rank)
+
+
+def test_ranks_evaluate_as_many_samples_at_once_whatever_their_shares() -> None:
+    assert {training(Items(), 3, rank).micro_batch_size for rank in range(3)} == {11}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [Items, Dicts, ListsOfSamples, WholeBatches, Collating])
 def test_any_kind_of_dataset_gives_its_samples_in_order(kind: type[Items], workers: int) -> None:

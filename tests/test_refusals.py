@@ -150,6 +150,31 @@ def test_another_job_in_the_directory_of_a_run_is_refused(mine: Workplace) -> No
     assert content() == before
 
 
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["train.precision=fp16"], ["fp16 does not go with strategy fsdp", "use precision bf16, or strategy ddp"]),
+        (["train.grad_compression=bf16"], ["grad_compression is ddp's, and strategy is fsdp", "leave one of them out"]),
+        (
+            ["train.micro_batch_size=1", "--processes=3"],
+            ["train.micro_batch_size 1", "data.global_batch_size 16", "3 ranks", "use at least 2, or strategy ddp"],
+        ),
+        (
+            ["train.precision=bf16", "eval.precision=fp32", "--processes=2"],
+            ["eval.precision is fp32", "exchange weights in bf16; use eval.precision=bf16, or train.strategy=ddp"],
+        ),
+        (
+            ["train.sync_batch_norm=true", "--processes=2"],
+            ["train.sync_batch_norm needs GPUs, and the device is cpu; set it to false"],
+        ),
+    ],
+)
+def test_what_does_not_go_with_fsdp_is_refused(mine: Workplace, overrides: list[str], parts: list[str]) -> None:
+    message = mine.refused("train", "mine.yaml", "train.strategy=fsdp", *overrides)
+    for part in parts:
+        assert part in message
+
+
 # -- files
 
 

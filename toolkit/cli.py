@@ -94,9 +94,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Exact metrics of one checkpoint of a run, as one line of JSON."""
-    from toolkit import session
+    from toolkit.evaluation import evaluate as evaluated
 
-    print(json.dumps(session.evaluate(_job_of(run), run, checkpoint, split)))
+    print(json.dumps(evaluated(_job_of(run), run, checkpoint, split)))
 
 
 class Action(StrEnum):

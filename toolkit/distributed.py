@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from toolkit.errors import JobError, RunError
@@ -118,24 +122,60 @@ def join(ranks: Ranks, device: torch.device) -> None:
 def leave() -> None:
     """Part from the other ranks."""
     if dist.is_initialized():
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with gradients averaged over the ranks; itself in a world of one."""
-    if not dist.is_initialized():
+# Groups that have been left, until the process ends: gloo's destructor holds the GIL while it waits for its threads,
+# and one of them may be waiting for the GIL, to let go of the tensor of the last reduction.
+_left: list[Any] = []
+
+
+def wrap(model: nn.Module, device: torch.device, grad_compression: str | None = None) -> nn.Module:
+    """The model with gradients averaged over the ranks; itself in a world of one, or if it is sharded.
+
+    `grad_compression` bf16 halves what travels.
+    """
+    if not dist.is_initialized() or is_sharded(model):
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    if grad_compression:
+        wrapped.register_comm_hook(None, _in_bf16)
+    return wrapped
+
+
+def _in_bf16(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    return bf16_compress_hook(group, bucket)  # by its own name DDP takes it with NCCL only, and gloo can do it, too
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each rank holds a part of every parameter, and gathers and averages by itself; see toolkit/sharding.py.
+
+    Then ranks must step together: every forward and backward pass of one is one of all.
+    """
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has left gathered: it would hide new values."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager[None]:
     """Backward passes in here keep their gradients to this rank if `skip`, so that the last micro-batch sends the sum
     once.
     """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not skip)
     if skip and isinstance(model, DistributedDataParallel):
-        context: AbstractContextManager[None] = model.no_sync()
-        return context
+        return model.no_sync()
     return _NOTHING
 
 

@@ -1,5 +1,6 @@
 """How a start of a run ends, completed, stopped or failed: in status.json, in postmortem.md and on the console."""
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,3 +71,10 @@ def failed(run: Run, trainer: Trainer, attempt: int, cause: Exception) -> None:
         rank = trainer.ranks.rank if blamed is None else blamed
         page = postmortem.of_exception(cause, attempt, rank, run.newest_checkpoint())
         postmortem.write(run, page)
+
+
+def silent(run: Run, before: Mapping[str, Any], machine: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Write the page on the attempt before, of whose status `before` is, if it has ended without a word."""
+    if page := postmortem.of_silent_end(before, machine):
+        postmortem.write(run, page)
+        say(f"attempt {before['attempt']} ended without a word; see {storage.shown(run.at('postmortem.md'))}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from toolkit import components
 from toolkit.errors import JobError
@@ -38,10 +39,13 @@ def build_optimizer(model: nn.Module, component: Any, device: torch.device) -> t
 
     Weight decay spares norms and biases: all of fewer than two dimensions.
     """
-    accepts = inspect.signature(components.find("optimizer", component.name, OPTIMIZERS)).parameters
-    # One kernel for all parameters, instead of one for each operation on each of them.
-    fused = "fused" in accepts and "foreach" not in component.args and device.type in ("cpu", "cuda", "mps")
+    constructor = components.find("optimizer", component.name, OPTIMIZERS)
+    accepts = inspect.signature(constructor).parameters
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # One kernel for all parameters, instead of one for each operation on each of them. torch has few for shards.
+    fused = "fused" in accepts and "foreach" not in component.args and device.type in ("cpu", "cuda", "mps")
+    if any(isinstance(parameter, DTensor) for parameter in trainable):
+        fused = fused and constructor in (torch.optim.Adam, torch.optim.AdamW)
     groups: list[dict[str, Any]] = [{"params": trainable}]
     if "weight_decay" in accepts:
         groups = [

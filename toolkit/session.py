@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from toolkit import components, datasets, diagnosis, distributed, ending, optim, persistence, postmortem, storage, world
+from toolkit import components, datasets, diagnosis, distributed, ending, optim, persistence, sharding, storage, world
 from toolkit.agreement import Agreement
 from toolkit.config import Fraction, Job
 from toolkit.config.text import dump
@@ -89,7 +90,7 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
         data, ranks.world_size, ranks.rank, seed=job.run.seed, global_batch_size=job.data.global_batch_size
     )
     micro_batch_size = None if job.train.micro_batch_size == "auto" else job.train.micro_batch_size
-    steps = TrainingSteps(data, sampler, micro_batch_size, transforms)
+    steps = TrainingSteps(data, sampler, micro_batch_size, transforms, in_step=job.train.strategy == "fsdp")
     trainer = _trainer(job, ranks, device, shapes, sampler)
     resolved = {"train.precision": distributed.choose_precision(job.train.precision, device)}
     return Parts(trainer, steps, _evaluated(job, val, steps, ranks), _evaluated(job, test, steps, ranks), resolved)
@@ -98,13 +99,8 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
 def _trainer(
     job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any], sampler: ElasticDistributedSampler
 ) -> Trainer:
-    seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine
-    model = components.build("model", job.model, MODELS, offers=shapes).to(device)
-    optim.freeze(model, job.train.freeze)
-    if job.train.compile:
-        model.compile()
-    by_epochs = sampler.first_step(job.train.epochs) if job.train.epochs else float("inf")
-    total_steps = int(min(by_epochs, job.train.max_steps or float("inf")))
+    model = _model(job, ranks, device, shapes)
+    total_steps = _total_steps(job, sampler)
     return Trainer(
         model,
         components.build("task", job.task, TASKS),
@@ -120,7 +116,36 @@ def _trainer(
         ema=optim.Ema(model, job.train.ema_decay) if job.train.ema_decay else None,
         eval_precision=job.eval.precision and distributed.choose_precision(job.eval.precision, device),
         guard=Guard(job.train.on_nan, job.train.spike_grad_norm, sampler.batch_number),
+        grad_compression=job.train.grad_compression,
     )
+
+
+def _total_steps(job: Job, sampler: ElasticDistributedSampler) -> int:
+    by_epochs = sampler.first_step(job.train.epochs) if job.train.epochs else float("inf")
+    return int(min(by_epochs, job.train.max_steps or float("inf")))
+
+
+def _model(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any]) -> nn.Module:
+    """The job's model, whole or as this rank's share."""
+
+    def make() -> nn.Module:
+        seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine
+        model: nn.Module = components.build("model", job.model, MODELS, offers=shapes)
+        if job.train.sync_batch_norm:
+            model = sharding.with_sync_batch_norm(model, device, ranks.world_size)
+        optim.freeze(model, job.train.freeze)
+        return model
+
+    if job.train.strategy == "fsdp" and ranks.world_size > 1:
+        names = (job.train.precision, job.eval.precision or job.train.precision)
+        model = sharding.build(make, job.model.name, device, *(distributed.choose_precision(n, device) for n in names))
+    else:
+        model = make().to(device)
+    if job.train.activation_checkpointing:
+        sharding.recompute(model)
+    if job.train.compile:
+        model.compile()
+    return model
 
 
 def _evaluated(job: Job, dataset: Any, steps: TrainingSteps, ranks: Ranks) -> EvaluationSteps | None:
@@ -130,19 +155,18 @@ def _evaluated(job: Job, dataset: Any, steps: TrainingSteps, ranks: Ranks) -> Ev
     return EvaluationSteps(dataset, size, ranks.rank, ranks.world_size, steps.transforms)
 
 
-def _whole(share: EvaluationSteps | None, job: Job, device: torch.device) -> Batches | None:
+def whole(share: EvaluationSteps | None, job: Job, device: torch.device) -> Batches | None:
     """This rank's batches of a whole set, anew at each call."""
     return None if share is None else lambda: batches(share, 0, len(share), job.data.workers, device)
 
 
 def _rehearse(parts: Parts) -> None:
     """Try the first step and throw it away. What fails here fails before anything is written."""
-    trainer, steps = parts.trainer, parts.steps
     try:
-        (first,) = batches(steps, 0, 1, 0, trainer.device)
-        trainer.rehearse(first)
+        (first,) = batches(parts.steps, 0, 1, 0, parts.trainer.device)
+        parts.trainer.rehearse(first)
     except Exception as error:
-        cause = diagnosis.explained(error, trainer, steps)
+        cause = diagnosis.explained(error, parts.trainer, parts.steps)
         if cause is not error or isinstance(error, RunError):
             raise cause from error
         raise JobError(f"model, data and task do not fit together: {type(error).__name__}: {error}") from error
@@ -167,9 +191,7 @@ def _open(run: Run, job: Job, parts: Parts, machine: dict[str, Any], command: Se
     run.refuse_drift(written, parts.resolved)
     persistence.check_origin(run, job, parts.trainer)
     attempt = run.open(dump(written), written, parts.resolved, command, machine, say)
-    if page := postmortem.of_silent_end(before, machine):
-        postmortem.write(run, page)
-        say(f"attempt {before['attempt']} ended without a word; see {storage.shown(run.at('postmortem.md'))}")
+    ending.silent(run, before, machine, say)
     return attempt
 
 
@@ -232,7 +254,7 @@ def _observers(
         names: list[str] = distributed.from_rank_0(lambda: run.metrics.names_at(step))
         return names
 
-    evaluation = Evaluation(due, _whole(parts.val, job, device), _whole(parts.test, job, device), reported)
+    evaluation = Evaluation(due, whole(parts.val, job, device), whole(parts.test, job, device), reported)
     progress, leads = ProgressBar(console), parts.trainer.ranks.leads
     sinks = [run.metrics.append, progress.show] if leads else []
     amend = run.metrics.open if leads else lambda step, values: None
@@ -263,20 +285,3 @@ def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
         f"{ranks} on {trainer.device}",
         **PLAIN,
     )
-
-
-def evaluate(job: Job, url: str, which: str = "last", split: str = "test") -> dict[str, float]:
-    """Exact metrics of one checkpoint of a run: `best`, `last` or a step; on `val` or `test`."""
-    if split not in ("val", "test"):
-        raise JobError(f"--split is {split!r}; it must be val or test")
-    device = distributed.choose_device(job.train.device, ALONE)
-    parts = build(job, ALONE, device)
-    batches_of = _whole(parts.val if split == "val" else parts.test, job, device)
-    if batches_of is None:
-        raise JobError(
-            f"the job of {storage.shown(url)} has no data.{split}; use --split {'test' if split == 'val' else 'val'}"
-        )
-    archive = persistence.archive_of(url, job)
-    step = persistence.step_of(archive, which)
-    archive.load(step, parts.trainer.state)
-    return {f"{split}/{name}": value for name, value in parts.trainer.evaluate(batches_of()).items()} | {"step": step}

@@ -72,10 +72,11 @@ class Trainer:
         ema: Any = None,
         eval_precision: str | None = None,
         guard: Guard | None = None,
+        grad_compression: str | None = None,
     ) -> None:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.state = State(model, optimizer, scaler, ema=ema)
-        self.model = distributed.wrap(model, device)
+        self.model = distributed.wrap(model, device, grad_compression)
         self.task, self.schedule, self.guard = task, schedule, guard or Guard()
         self.device, self.ranks, self.seed = device, ranks, seed
         self.total_steps, self.global_batch_size, self.clip_grad_norm = total_steps, global_batch_size, clip_grad_norm
@@ -153,18 +154,23 @@ class Trainer:
     def _over_weights(self, weight: Tensor) -> Tensor:
         """Make the gradient that of the mean over weights, whose sum takes all ranks. Returns the factor."""
         factor = self.global_batch_size / distributed.sum_over_ranks(weight)
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad *= factor
+        for gradient in self._gradients():
+            gradient.mul_(factor)
         return factor
+
+    def _gradients(self) -> list[Tensor]:
+        """What this rank holds of the gradients."""
+        return [distributed.local(parameter.grad) for parameter in self.parameters if parameter.grad is not None]
 
     def _clip(self, largest: float) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` in half its time; only measured if `largest` is infinite.
 
         Returns the norm before, on the device.
         """
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradients = self._gradients()
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if distributed.is_sharded(self.model):
+            norm = distributed.sum_over_ranks(norm.square()).sqrt()
         if largest < inf:
             torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -216,6 +222,7 @@ class Trainer:
                     if len(batch.indices):
                         total[0] += numerator
                         total[1] += denominator
+        distributed.reshard(model)
         _train_mode(model)
         self.evaluating = False
         self.interval.elsewhere_s += time.monotonic() - started_s

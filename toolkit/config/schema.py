@@ -104,7 +104,20 @@ class Train(Section):
     spike_grad_norm: float | None = Field(
         None, gt=0, description="an L2 norm of the gradient, before clipping, from above which on_nan applies, too"
     )
-    strategy: Literal["auto", "ddp"] = Field("auto", description="how several ranks hold the model; auto: ddp")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="how several ranks hold the model; auto: ddp; ddp: each the whole of it; fsdp: each a share of the "
+        "weights, gradients and optimizer state (FSDP2), for models too large for one; one rank alone holds all",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only the inputs of the model's blocks, and compute the rest again in backward"
+    )
+    grad_compression: Literal["bf16"] | None = Field(
+        None, description="type in which ddp sends gradients from rank to rank: half the bytes, rounded to 8 bits"
+    )
+    sync_batch_norm: bool = Field(
+        False, description="batch norm over the samples of all ranks, not of each; on GPUs only"
+    )
 
     @model_validator(mode="after")
     def _ends(self) -> "Train":
@@ -118,6 +131,19 @@ class Train(Section):
             raise ValueError(
                 "in fp16 the loss scaler leaves out steps whose gradient overflows, as its normal work: "
                 "use bf16 or fp32, or leave on_nan at stop and spike_grad_norm at null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _goes_with_fsdp(self) -> "Train":
+        if self.strategy == "fsdp" and self.precision == "fp16":
+            raise ValueError(
+                "precision fp16 does not go with strategy fsdp: a gradient that overflows is seen by one rank only, "
+                "and the others would not skip the step; use precision bf16, or strategy ddp"
+            )
+        if self.strategy == "fsdp" and self.grad_compression:
+            raise ValueError(
+                "grad_compression is ddp's, and strategy is fsdp, which sums gradients in fp32; leave one of them out"
             )
         return self
 
@@ -200,6 +226,11 @@ class Job(Section):
             raise JobError(
                 f"data.global_batch_size {size} is less than the {count} ranks; "
                 f"use at least {count}, or launch.processes={size}"
+            )
+        if self.train.strategy == "fsdp" and self.train.micro_batch_size == 1 and size % count:
+            raise JobError(
+                f"train.micro_batch_size 1 cuts data.global_batch_size {size} into more steps on some of {count} ranks "
+                "than on others, and with train.strategy fsdp all must step together; use at least 2, or strategy ddp"
             )
 
     def as_written(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Sequence
+from itertools import pairwise
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -38,7 +39,10 @@ class Failure(NamedTuple):
 
 
 class TrainingSteps(Dataset[Any]):
-    """Item s is this rank's share of training step s, as micro-batches of at most `micro_batch_size` samples."""
+    """Item s is this rank's share of training step s, as micro-batches of at most `micro_batch_size` samples.
+
+    `in_step`: every rank has the same number of them, for a model whose ranks must step together.
+    """
 
     def __init__(
         self,
@@ -46,12 +50,18 @@ class TrainingSteps(Dataset[Any]):
         sampler: ElasticDistributedSampler,
         micro_batch_size: int | None = None,
         transforms: Sequence[Any] = (),
+        in_step: bool = False,
     ) -> None:
         self.whole_dataset = dataset
         self.split = dataset if isinstance(dataset, Split) else None
         self.dataset = self.split.dataset if self.split else dataset
         self.sampler, self.transforms = sampler, transforms
-        self.micro_batch_size = micro_batch_size or sampler.batch_size
+        largest = ceil(sampler.global_batch_size / sampler.num_replicas)  # share of any rank
+        size = self.micro_batch_size = micro_batch_size or largest
+        starts = [*range(0, sampler.batch_size, size)]
+        if in_step and len(starts) < ceil(largest / size):
+            starts.append(starts[-1] + size // 2)  # one sample less than others have, and so the last was full
+        self._cuts = [slice(*ends) for ends in pairwise([*starts, sampler.batch_size])]
         self.skip(())
 
     def skip(self, skipped: Sequence[int]) -> None:
@@ -68,11 +78,9 @@ class TrainingSteps(Dataset[Any]):
 
     def __getitem__(self, step: int) -> list[Batch] | Failure:
         epochs, indices = self.share(step)
-        size = self.micro_batch_size
         try:
             return [
-                _read(self.dataset, indices[at : at + size], epochs[at : at + size], self.sampler.seed, self.transforms)
-                for at in range(0, len(indices), size)
+                _read(self.dataset, indices[cut], epochs[cut], self.sampler.seed, self.transforms) for cut in self._cuts
             ]
         except RunError as error:
             return Failure(str(error))
