@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from math import isfinite
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ GPT = [
 CNN = ["jobs/digits_cnn.yaml", "train.max_steps=100", "model.args.width=8", "schedule.args.warmup_steps=0", "optimizer.args.eps=1e-5"]
 CASES = {
     "clipped": [*GPT, "train.clip_grad_norm=0.05"],
+    "spikes are skipped": [*GPT, "train.on_nan=skip", "train.spike_grad_norm=1.8"],
     "accumulated": [*GPT, "train.micro_batch_size=2"],
     "uneven": [*GPT, "model.args.dropout=0.0", "data.global_batch_size=13", "train.micro_batch_size=3"],  # at 2 and 4 ranks, one takes one more
     "token weights": [*GPT, "task={name: language_modeling, args: {ignore_index: 3}}", "train.micro_batch_size=2"],
@@ -80,12 +82,14 @@ def taken(words: list[str]) -> tuple[dict[str, list[float]], dict[str, torch.Ten
         trainer.step(micro_batches)
         if trainer.state.ema:
             Averaging().after_step(trainer)
-        found["losses"].append(trainer.mean_loss())
-        found["norms"].append(float(trainer.interval.grad_norm or 0))
+        loss = trainer.mean_loss()
+        found["losses"].append(loss if isfinite(loss) else 0.0)  # all that there was has been skipped
+        found["norms"] += map(float, trainer.interval.norms)
         trainer.interval.restart()
         if step % 6 == 5:
             assert parts.val
             found["evaluation"] += trainer.evaluate(batches(parts.val, 0, len(parts.val), 0, trainer.device)).values()
+    assert (0 < found["losses"].count(0.0) < STEPS) == ("train.on_nan=skip" in words)
     return found, {name: whole(tensor) for name, tensor in model_tensors(trainer.state.model).items()}
 
 
