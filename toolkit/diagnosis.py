@@ -12,17 +12,25 @@ from torch import Tensor
 
 from toolkit.datasets.loader import Batch, EvaluationSteps, Failure, TrainingSteps
 from toolkit.datasets.sampler import ElasticDistributedSampler
-from toolkit.errors import RunError
+from toolkit.errors import JobError, RunError
 from toolkit.trainer import LostLossError, Trainer
 
 
 def explained(
     error: Exception, trainer: Trainer, steps: TrainingSteps, evaluations: Iterable[EvaluationSteps] = ()
 ) -> Exception:
-    """A RunError that says what is to blame: the sample with its file, if it is one. Else the error itself."""
+    """A RunError that says what is to blame: the sample with its file, if it is one. A JobError for a model that cannot
+    be sharded as it is. Else the error itself.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         remedy = "set train.micro_batch_size to a smaller number"
         return RunError(f"out of memory in step {trainer.state.step + 1}: {_first_line(error)}; {remedy}")
+    if "DTensor" in str(error):
+        return JobError(
+            f"{_first_line(error)}: with train.strategy fsdp a block's weights are there only while it is called as a "
+            "module, block(x), and this model uses them otherwise; name the blocks for which that holds in an "
+            "attribute `blocks` of the model, an nn.ModuleList, or use train.strategy=ddp"
+        )
     if isinstance(error, RunError) and not isinstance(error, LostLossError):
         return error
     for dataset, batches in _suspects(error, trainer, steps, evaluations):
