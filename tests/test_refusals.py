@@ -52,6 +52,14 @@ class Empty(Good):
     def __len__(self):
         return 0
 
+class Within(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 3)])
+
+    def forward(self, inputs):
+        return inputs @ self.layers[0].weight.T
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield torch.zeros(4), 1
@@ -162,6 +170,15 @@ def test_another_job_in_the_directory_of_a_run_is_refused(mine: Workplace) -> No
         (
             ["train.precision=bf16", "eval.precision=fp32", "--processes=2"],
             ["eval.precision is fp32", "exchange weights in bf16; use eval.precision=bf16, or train.strategy=ddp"],
+        ),
+        (
+            ["model={name: mine:Within}", "--processes=2"],
+            [
+                "mixed torch.Tensor and DTensor",
+                "a block's weights are there only while it is called as a module",
+                "attribute `blocks`",
+                "use train.strategy=ddp",
+            ],
         ),
         (
             ["train.sync_batch_norm=true", "--processes=2"],

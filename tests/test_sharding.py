@@ -86,6 +86,22 @@ def test_computing_activations_again_changes_no_bit(make: Callable[[], nn.Module
         assert twice > once
 
 
+@pytest.mark.parametrize(
+    ("model", "compiled", "words"),
+    [
+        (
+            nn.Linear(3, 3),
+            False,
+            "finds no blocks in the model.* give the model an attribute `blocks`, or set it to false",
+        ),
+        (Cnn((1, 8, 8), 3, width=4), True, "do not go together where blocks have buffers.* set one of them to false"),
+    ],
+)
+def test_what_cannot_be_computed_again_is_refused(model: nn.Module, compiled: bool, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        sharding.recompute(model, compiled)
+
+
 class Loud(nn.Module):
     """Looks at a value while it is made."""
 

@@ -16,7 +16,7 @@ from toolkit import oom
 from toolkit.datasets.loader import Batch, EvaluationSteps, Failure, TrainingSteps
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.deaths import OUT_OF_MEMORY, killed
-from toolkit.errors import RunError
+from toolkit.errors import JobError, RunError
 from toolkit.lost import LostLossError
 from toolkit.trainer import Trainer
 
@@ -24,11 +24,11 @@ from toolkit.trainer import Trainer
 def explained(
     error: Exception, trainer: Trainer, steps: TrainingSteps, evaluations: Iterable[EvaluationSteps] = ()
 ) -> Exception:
-    """A RunError that says what is to blame: the sample with its file, if it is one. Else the error itself."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
-        return RunError(f"out of memory in step {trainer.state.step + 1}: {_first_line(error)}; {OUT_OF_MEMORY}")
-    if worker := _KILLED_WORKER.match(str(error)):
-        return RunError(_of_worker(int(worker[1]), worker[2]))
+    """A RunError that says what is to blame: the sample with its file, if it is one. A JobError for a model that cannot
+    be sharded as it is. Else the error itself.
+    """
+    if known := _known_by_its_words(error, trainer.state.step):
+        return known
     if isinstance(error, RunError) and not isinstance(error, LostLossError):
         return error
     for dataset, batches in _suspects(error, trainer, steps, evaluations):
@@ -88,6 +88,21 @@ def _not_finite(inputs: Any) -> dict[int, str]:
         return {}
     finite = inputs.flatten(1).isfinite().all(1).numpy()
     return {int(at): "its input has a nan or infinite value" for at in np.flatnonzero(~finite)}
+
+
+def _known_by_its_words(error: Exception, step: int) -> Exception | None:
+    """What torch says in its own way of memory, loader workers and shards, said in ours; None if it is none of these."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        return RunError(f"out of memory in step {step + 1}: {_first_line(error)}; {OUT_OF_MEMORY}")
+    if worker := _KILLED_WORKER.match(str(error)):
+        return RunError(_of_worker(int(worker[1]), worker[2]))
+    if "DTensor" in str(error):
+        return JobError(
+            f"{_first_line(error)}: with train.strategy fsdp a block's weights are there only while it is called as a "
+            "module, block(x), and this model uses them otherwise; name the blocks for which that holds in an "
+            "attribute `blocks` of the model, an nn.ModuleList, or use train.strategy=ddp"
+        )
+    return None
 
 
 # What torch's DataLoader says; it names the signal as strsignal(3) does.

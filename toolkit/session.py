@@ -142,7 +142,7 @@ def _model(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any])
     else:
         model = make().to(device)
     if job.train.activation_checkpointing:
-        sharding.recompute(model)
+        sharding.recompute(model, job.train.compile)
     if job.train.compile:
         model.compile()
     return model

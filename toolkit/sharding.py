@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from toolkit import distributed
 from toolkit.errors import JobError
@@ -82,14 +82,25 @@ def with_sync_batch_norm(model: nn.Module, device: torch.device, world_size: int
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
 
 
-def recompute(model: nn.Module) -> None:
+def recompute(model: nn.Module, compiled: bool = False) -> None:
     """Have each block keep its inputs only, and compute all else again in the backward pass (Chen et al.,
     arXiv:1604.06174).
 
     What is drawn, such as dropout, and what buffers hold is as it was the first time, so training is the same, bit for
-    bit. Names of parameters stay.
+    bit. Names of parameters stay. Raises JobError if there are no blocks, or torch.compile does not know them.
     """
-    for block in blocks(model):
+    found = blocks(model)
+    if not found:
+        raise JobError(
+            "train.activation_checkpointing finds no blocks in the model: no nn.ModuleList or nn.Sequential has an "
+            "element with parameters; give the model an attribute `blocks`, or set it to false"
+        )
+    if compiled and any(True for block in found for _ in block.buffers()):
+        raise JobError(
+            "train.compile and train.activation_checkpointing do not go together where blocks have buffers, such as "
+            "the statistics of batch norm; set one of them to false"
+        )
+    for block in found:
         block.forward = partial(_computed_twice, block, block.forward)
 
 
@@ -170,9 +181,9 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 def _computed_twice(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
-    buffers = any(True for _ in block.buffers())
-    contexts = partial(_contexts, block) if buffers else noop_context_fn
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+    if not any(True for _ in block.buffers()):
+        return checkpoint(forward, *inputs, use_reentrant=False, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_contexts, block), **named)
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
