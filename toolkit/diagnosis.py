@@ -91,7 +91,7 @@ def _not_finite(inputs: Any) -> dict[int, str]:
 
 
 def _known_by_its_words(error: Exception, step: int) -> Exception | None:
-    """What torch says in its own way of memory, loader workers and shards, said in ours; None if it is none of these."""
+    """What torch says of memory, loader workers and shards, in our words; None if it speaks of none of these."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
         return RunError(f"out of memory in step {step + 1}: {_first_line(error)}; {OUT_OF_MEMORY}")
     if worker := _KILLED_WORKER.match(str(error)):
