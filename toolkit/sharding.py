@@ -47,6 +47,8 @@ def build(make: Build, name: str, device: torch.device, precision: str, eval_pre
         raise JobError(f"model {name!r} cannot be sharded: {error}; use train.strategy=ddp") from error
     model.to_empty(device=device)
     _fill(model, make, device)
+    if any(True for _ in model.buffers()):
+        model.register_forward_pre_hook(_same_buffers)
     return model
 
 
@@ -172,6 +174,14 @@ def _fill(model: nn.Module, make: Build, device: torch.device) -> None:
         if isinstance(own, DTensor):
             value = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
         own.copy_(value)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _same_buffers(model: nn.Module, inputs: Any) -> None:
+    """As under DDP, training goes by rank 0's buffers: a resumed run has no others."""
+    if model.training:
+        group, once_bytes = dist.group.WORLD, 1 << 28
+        dist._broadcast_coalesced(group, [*model.buffers()], once_bytes, 0)  # type: ignore[attr-defined,arg-type]
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

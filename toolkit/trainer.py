@@ -142,7 +142,7 @@ class Trainer:
                     losses, weights = losses
                     losses = losses * weights
                     weight_sums.append(weights.sum())
-                # Each sample's part in the mean, times the ranks, by which DDP will divide.
+                # Each sample's part in the mean, times the ranks, by which DDP and FSDP will divide.
                 part = torch.full_like(losses, self.ranks.world_size / self.global_batch_size)
                 self.state.scaler.scale(losses).backward(part)
                 sums.append(losses.detach().sum())

@@ -53,7 +53,9 @@ CASES = {
 
 
 class Tied(nn.Module):
-    """Blocks of which two share a weight, an odd number of features, a scale no rank can share, and a hidden buffer."""
+    """Blocks of which two share a weight, an odd number of features, a scale no rank can share, and a hidden buffer
+    that goes into the output and changes by rank.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -66,6 +68,8 @@ class Tied(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         stream = self.embedding(tokens) + self.shift
+        if self.training:
+            self.shift.lerp_(stream.detach().mean((0, 1)), 0.5)
         for block in self.blocks:
             stream = stream + self.scale * block(stream)
         return self.head(stream)
