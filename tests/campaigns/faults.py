@@ -343,7 +343,7 @@ def suffer(fault: Fault, folder: Path, processes: int, expected: Outcome) -> flo
         status = scene.stage.place.status("runs/job")
         assert (status["state"], status["exit"], status["step"]) == ("completed", 0, STEPS), status
         assert not [*scene.stage.tmp.glob("toolkit-*")], "folders of attempts"
-        if not fault.event:  # it has left something out; see tests/dist/test_lost.py
+        if not fault.event:  # it has left something out; see tests/dist/test_nan.py
             assert Outcome.of(scene).same(expected), "it did not end as an undisturbed run"
         return took_s
 
