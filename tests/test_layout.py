@@ -128,6 +128,11 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
 
 
+def test_a_start_imports_no_compiler() -> None:
+    code = "import sys, toolkit.session; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
 def test_a_bare_pytest_runs_every_test_file(pytestconfig: pytest.Config) -> None:
     ignored = pytestconfig.getini("norecursedirs")
     folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}

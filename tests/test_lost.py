@@ -21,6 +21,7 @@ from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.stream import batch_numbers
 from toolkit.errors import JobError
 from toolkit.lost import Guard, LostLossError
+from toolkit.observers.checkpoints import Checkpoints
 from toolkit.optim import Ema, build_optimizer
 from toolkit.run import Run
 from toolkit.tasks import Classification
@@ -299,3 +300,20 @@ def test_after_the_last_rollback_the_run_ends_in_words_and_may_go_on_with_more(s
     assert f"train.max_rollbacks is {most}, and as many batches have been left out: sample {samples[most]}" in said
     assert "| first to fail | rank 0 |" in (stage.folder / "runs/x/postmortem.md").read_text()
     assert "completed" in stage.run(*words, "train.max_rollbacks=2"), "a policy may change between two starts"
+
+
+class Torn(Classification):
+    """Losses that are finite, with gradients that are not: the root of zero."""
+
+    def loss(self, output: Tensor, target: Tensor) -> Any:
+        return super().loss(output, target) + (output.sum(1) * 0).abs().sqrt()
+
+
+def test_weights_that_a_gradient_alone_has_spoilt_are_not_saved(tmp_path: Path) -> None:
+    trainer = trainer_of(task=Torn())
+    trainer.step(batch(0))
+    assert trainer.mean_loss() > 0
+    saves = Checkpoints(Checkpointer(Archive(str(tmp_path))))
+    with pytest.raises(LostLossError, match="a weight is no finite number after step 1, though every loss was"):
+        saves.save_first(trainer)
+    assert not list(tmp_path.iterdir())

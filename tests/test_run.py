@@ -14,7 +14,7 @@ import pytest
 from toolkit import lock, storage
 from toolkit.config import Job
 from toolkit.errors import JobError, RunError
-from toolkit.run import MAY_CHANGE, SAVE_NOW, Run, changed, digest, fresh_url
+from toolkit.run import MAY_CHANGE, SAVE_NOW, STOP, Run, changed, digest, fresh_url
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -411,3 +411,13 @@ def test_fresh_url_is_the_first_that_is_free(url: str) -> None:
     assert free == [url, f"{url}-2", f"{url}-3"]
     for taken in free:
         storage.remove(taken)
+
+
+@pytest.mark.parametrize(("state", "kept"), [("running", True), ("failed", True), ("preempted", False)])
+def test_a_stop_request_outlives_a_failure_but_no_end(url: str, opened: Opens, state: str, kept: bool) -> None:
+    opened(url).set_status(state, step=3)
+    Run(url).ask(STOP)
+    claim = Run(url).at("lock", "attempt-0001.json")
+    storage.write(claim, json.dumps(json.loads(storage.read(claim)) | {"released": True}).encode())
+    opened(url)
+    assert storage.exists(Run(url).at("requests", STOP)) == kept

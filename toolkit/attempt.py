@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ ATTEMPT_DIR = "TOOLKIT_ATTEMPT_DIR"
 SHOW_STACKS = signal.SIGQUIT  # to a rank: write down where each of your threads is
 _PREFIX = "toolkit-attempt-"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_END_S = 30.0  # how long a killed process may take to end
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -52,6 +54,8 @@ def new_folder() -> Iterator[Path]:
             shutil.rmtree(path.parent)
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as name, open(Path(name) / "supervisor.lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(str(os.getpid()).encode())
+        file.flush()
         yield Path(name)
 
 
@@ -78,9 +82,11 @@ class Attempt:
                 stderr=log,
                 env=self._defaults() | dict(environment) | asked,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - there is one thread here, so it cannot deadlock
+                preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - of one thread, it cannot deadlock
             )
-        self._pump = threading.Thread(target=self._pass_on, args=[self.torchrun.stdout], name="toolkit-console")
+        self._pump = threading.Thread(
+            target=self._pass_on, args=[self.torchrun.stdout], name="toolkit-console", daemon=True
+        )
         self._pump.start()
 
     def _defaults(self) -> dict[str, str]:
@@ -112,7 +118,8 @@ class Attempt:
                         _write_all(console, content)
                     except OSError:  # whoever read it has gone; training goes on
                         console = None
-                log.write(_ESCAPES.sub(b"", content))
+                with contextlib.suppress(OSError):  # a full disk keeps nobody from speaking
+                    log.write(_ESCAPES.sub(b"", content))
         source.close()
 
     def notes(self) -> dict[int, dict[str, Any]]:
@@ -155,15 +162,19 @@ class Attempt:
     def said_by_torchrun(self) -> str:
         return (self.folder / "torchrun.log").read_text(errors="replace")
 
-    def end(self) -> None:
-        """Kill whatever is left below this process, until nothing is."""
-        while children := psutil.Process().children(recursive=True):
+    def end(self) -> list[int]:
+        """Kill whatever is left below this process. Returns the pids of those that even so do not end: they are in the
+        kernel's hands, waiting for a disk or device.
+        """
+        deadline_s = time.monotonic() + _END_S
+        while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline_s:
             for child in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
             psutil.wait_procs(children, timeout=5)
-        self.torchrun.wait()
-        self._pump.join()
+        self.torchrun.poll()
+        self._pump.join(5)
+        return [child.pid for child in children]
 
 
 def enter_rank(environment: Mapping[str, str]) -> None:
@@ -173,9 +184,11 @@ def enter_rank(environment: Mapping[str, str]) -> None:
     """
     if ATTEMPT_DIR not in environment:
         return
-    die_with_parent()
-    hold_back()
     rank, folder = int(environment["RANK"]), Path(environment[ATTEMPT_DIR])
+    die_with_parent()
+    if os.getppid() in (1, int((folder / "supervisor.lock").read_text())):
+        sys.exit(1)  # torchrun has died before that was asked for
+    hold_back()
     sys.stdout.flush()
     if rank == 0:
         os.dup2(1, 2)
@@ -207,9 +220,11 @@ def be_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """The kernel sends this process a signal when its parent dies, however that comes."""
+def die_with_parent(parent: int | None = None, number: signal.Signals = signal.SIGKILL) -> None:
+    """The kernel sends this process a signal when its parent dies, however that comes; has `parent`, it leaves now."""
     _prctl(_PR_SET_PDEATHSIG, number)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def is_gone(pid: int) -> bool:

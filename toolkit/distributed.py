@@ -21,7 +21,7 @@ from toolkit.errors import JobError, RunError
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 WORLD_ASKED = "TOOLKIT_WORLD_SIZE"  # set by whoever starts the ranks
-_TIMEOUT = timedelta(minutes=30)  # longer than launch.limits, which tell which rank it was
+_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,15 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def join(ranks: Ranks, device: torch.device) -> None:
-    """Meet the other ranks. They must all arrive within half an hour."""
+def join(ranks: Ranks, device: torch.device, patience_s: float = 0) -> None:
+    """Meet the other ranks. None waits for another for more than half an hour, or a little more than `patience_s`."""
     if ranks.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=_timeout(patience_s), world_size=ranks.world_size, rank=ranks.rank)
+
+
+def _timeout(patience_s: float) -> timedelta:
+    return timedelta(seconds=max(_TIMEOUT_S, patience_s * 1.1))
 
 
 def leave() -> None:

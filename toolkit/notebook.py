@@ -23,7 +23,7 @@ from toolkit.run import Run
 _COMMAND = """
 import signal, sys
 from toolkit import attempt, cli
-attempt.die_with_parent(signal.SIGTERM)
+attempt.die_with_parent({parent}, signal.SIGTERM)
 sys.argv[0] = "toolkit"
 cli.main()
 """
@@ -43,8 +43,8 @@ def launch(job: str | os.PathLike[str] | Job, *overrides: str, processes: int | 
         count = [] if processes is None else ["--processes", str(processes)]
         environment = {name: value for name, value in os.environ.items() if name not in _RANK}
         with tempfile.TemporaryDirectory() as folder:
-            status, message = _shown([sys.executable, "-c", _COMMAND, "train", path, *overrides, *count], environment,
-                                     Path(folder))  # fmt: skip
+            command = [sys.executable, "-c", _COMMAND.format(parent=os.getpid()), "train", path, *overrides, *count]
+            status, message = _shown(command, environment, Path(folder))
     if status == 2:
         raise JobError(message)
     if status not in (0, 75):

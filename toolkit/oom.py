@@ -1,39 +1,41 @@
 """Whether the kernel has killed a process for want of memory: a SIGKILL does not say where it comes from.
 
-Three witnesses, where they can be heard: the kernel's log, which names the process; the counters of the process's
+Two witnesses, where they can be heard: the kernel's log, which names the process, and the counter of the process's own
 cgroup (v2 `memory.events`, v1 `memory.oom_control`; Linux, Documentation/admin-guide/cgroup-v2.rst and
-cgroup-v1/memory.rst); the machine's own counter in /proc/vmstat.
+cgroup-v1/memory.rst).
 """
 
 import contextlib
 import os
 import re
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 class OomWatch:
-    """Looks at the counters when it is made, and again when somebody was killed."""
+    """Looks at the counters of processes' cgroups while they live, and again when one of them was killed."""
 
     def __init__(self) -> None:
         self._before: dict[Path, int] = {}
-        self._machine = _number(Path("/proc/vmstat"))
+        self._latest: dict[Path, int] = {}
+        self._at_s = 0.0
 
-    def watch(self, pid: int) -> None:
-        """Remember the counters of a process's cgroup, while it lives."""
-        for path in _counters(_cgroups_of(pid)):
-            self._before.setdefault(path, _number(path))
+    def look(self, pids: Iterable[int]) -> None:
+        """To be called again and again. What was counted until a second ago has nothing to do with a death now."""
+        if time.monotonic() - self._at_s > 1:
+            now = {path: _number(path) for pid in pids for path in _counters(_cgroups_of(pid))}
+            self._before, self._latest, self._at_s = self._latest or now, now, time.monotonic()
 
     def verdict(self, pid: int) -> str | None:
         """Words on how it is known that a process was killed for want of memory; None if nothing says so."""
         if line := said_by_kernel(pid):
             return f"the kernel's log says: {line}"
         for path, before in self._before.items():
-            if (count := _number(path)) > before:
-                return f"{path} has counted {count - before} more since the start"
-        if _number(Path("/proc/vmstat")) > self._machine:
-            return "the kernel has killed for want of memory on this machine meanwhile (oom_kill in /proc/vmstat)"
+            if _number(path) > before:
+                return f"{path} has just counted a kill"
         return None
 
 
@@ -62,15 +64,14 @@ def _cgroups_of(pid: int) -> str:
 
 
 def _counters(cgroups: str) -> list[Path]:
-    """The files that count kills of the cgroups which a process is in, its own and those above it."""
+    """The files that count kills in the cgroup which a process is in, whichever limit above it was hit."""
     paths: list[Path] = []
     for line in cgroups.splitlines():
         _, controllers, place = line.split(":", 2)
         if controllers == "memory":
             paths.append(CGROUPS / "memory" / place.lstrip("/") / "memory.oom_control")
         elif not controllers:
-            group = CGROUPS / place.lstrip("/")
-            paths += [each / "memory.events" for each in (group, *group.parents) if each.is_relative_to(CGROUPS)]
+            paths.append(CGROUPS / place.lstrip("/") / "memory.events")
     return [path for path in paths if path.exists()]
 
 

@@ -110,7 +110,8 @@ class Run:
             }
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
-            self.granted(STOP)  # one that was left for an attempt before this one
+            if (self.status() or {}).get("state") in ("completed", "preempted"):
+                self.granted(STOP)  # it has come too late for the attempt before, and is not meant for this one
         except OSError as error:
             self.lock.release()
             where = storage.shown(self.url)

@@ -61,7 +61,7 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
     console = console or Console(quiet=True)
     signals = StopSignals().listen()
     device = distributed.choose_device(job.train.device, ranks)
-    distributed.join(ranks, device)
+    distributed.join(ranks, device, job.launch.limits.longest_s)
     machine = world.meet()
     run = Run(job.run.dir)
     if done := distributed.from_rank_0(lambda: run.completed(job.as_written())):
@@ -90,7 +90,7 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
         data, ranks.world_size, ranks.rank, seed=job.run.seed, global_batch_size=job.data.global_batch_size
     )
     micro_batch_size = None if job.train.micro_batch_size == "auto" else job.train.micro_batch_size
-    steps = TrainingSteps(data, sampler, micro_batch_size, transforms, in_step=job.train.strategy == "fsdp")
+    steps = TrainingSteps(data, sampler, micro_batch_size, transforms, in_step=job.train.in_step)
     trainer = _trainer(job, ranks, device, shapes, sampler)
     resolved = {"train.precision": distributed.choose_precision(job.train.precision, device)}
     return Parts(trainer, steps, _evaluated(job, val, steps, ranks), _evaluated(job, test, steps, ranks), resolved)

@@ -48,7 +48,7 @@ def build(make: Build, name: str, device: torch.device, precision: str, eval_pre
     model.to_empty(device=device)
     _fill(model, make, device)
     if any(True for _ in model.buffers()):
-        model.register_forward_pre_hook(_same_buffers)
+        model.register_forward_pre_hook(torch.compiler.disable(_same_buffers))  # here, for it imports a compiler
     return model
 
 
@@ -64,9 +64,7 @@ def shard(model: nn.Module, device: torch.device, precision: str) -> None:
     if precision == "bf16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         norms = [module for module in model.modules() if isinstance(module, _NormBase)]  # their statistics are fp32
-    for (
-        parameter
-    ) in model.parameters():  # channels last, for example, is refused; it is what is computed in that counts
+    for parameter in model.parameters():  # or one in channels last, for example, is refused
         parameter.data = parameter.data.contiguous()
     for part in dict.fromkeys([*norms, *_untied(model), model]):
         fully_shard(part, mesh=mesh, mp_policy=full if part in norms else policy)
@@ -176,7 +174,6 @@ def _fill(model: nn.Module, make: Build, device: torch.device) -> None:
         own.copy_(value)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _same_buffers(model: nn.Module, inputs: Any) -> None:
     """As under DDP, training goes by rank 0's buffers: a resumed run has no others."""
     if model.training:

@@ -17,14 +17,17 @@ from toolkit import postmortem, storage, watchdog
 from toolkit.attempt import Attempt
 from toolkit.config import Job
 from toolkit.deaths import killed
+from toolkit.errors import JobError
 from toolkit.lock import holder_of, newest_claim
 from toolkit.oom import OomWatch
 from toolkit.postmortem import AGAIN, Failure
 from toolkit.pulse import Pulse
-from toolkit.run import COMPLETE, Run
+from toolkit.run import COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
 
 _POLL_S = 0.1
+_SUSPENDED_S = 5.0  # between two looks, if all of this has stood still: nobody is late for that
+_WELL = (0, 75)
 
 
 def supervise(job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
@@ -55,6 +58,37 @@ class Outcome(NamedTuple):
     failure: Failure | None = None
 
 
+class _LastWords:
+    """What the ranks have said of their end, and since when: torchrun may take half a minute to end the others."""
+
+    GRACE_S, LEAVING_S, DYING_S = 5.0, 30.0, 10.0
+
+    def __init__(self) -> None:
+        self.failed_s = self.complete_s = self.ended_s = float("inf")
+
+    def are_final(self, attempt: Attempt, ended: bool) -> bool:
+        """Whether nothing better is to be waited for. `ended`: torchrun has."""
+        now_s, notes = time.monotonic(), attempt.notes()
+        exits = [note["exit"] for note in notes.values() if "exit" in note]
+        if any(status not in _WELL for status in exits):
+            self.failed_s = min(self.failed_s, now_s)
+        if len(exits) == attempt.processes:
+            self.complete_s = min(self.complete_s, now_s)
+        if ended:
+            self.ended_s = min(self.ended_s, now_s)
+        return (
+            (ended and len(exits) == len(notes))
+            or now_s - self.failed_s > self.GRACE_S
+            or now_s - self.complete_s > self.LEAVING_S
+            or now_s - self.ended_s > self.DYING_S
+        )
+
+    def explain(self, death: Outcome) -> bool:
+        """Whether a death came of what another rank had said before: it was killed for that, or gave up."""
+        gave_up = death.failure is not None and death.failure.kind == signal.SIGABRT.name
+        return time.monotonic() - self.failed_s > (0 if gave_up else self.GRACE_S / 2)
+
+
 class Supervisor:
     """Attempt after attempt, until one ends well, or fails in a way that another start would not mend."""
 
@@ -66,6 +100,7 @@ class Supervisor:
         self.limits = {name.removesuffix("_s"): limit for name, limit in job.launch.limits.model_dump().items()}
         self.max_restarts = job.launch.max_restarts
         self.restarts = 0  # since the newest checkpoint
+        self.undead: list[int] = []  # processes of the last attempt that cannot be killed
         self.saved_step: int | None = None
         self.earlier: Failure | None = None
         self.failed_s: float | None = None  # when the last attempt failed, until the next has taken a step
@@ -89,9 +124,11 @@ class Supervisor:
             attempt.start(self.words, self.environment)
             outcome = self._watched(attempt)
         finally:
-            attempt.end()
+            self.undead = attempt.end()
         outcome = outcome or _in_words(attempt)
-        number = self._number(attempt, before)
+        number: int | None = (int(before["attempt"]) if before else 0) + 1  # unless the store says otherwise
+        with _complained():
+            number = self._number(attempt, before)
         if number is not None and outcome.status != 2:
             self._keep_logs(attempt, number)
         if outcome.failure is None or number is None:  # or the run is another's by now
@@ -99,27 +136,33 @@ class Supervisor:
         return self._recorded(attempt, number, outcome.failure)
 
     def _watched(self, attempt: Attempt) -> Outcome | None:
-        """Until torchrun is done, or a rank has died without a word or hangs; then how. A stop request is passed on
-        once to every rank.
+        """Until the ranks have said how they ended, or one has died without a word or hangs; then how.
+
+        A stop request is passed on once to every rank.
         """
-        started_s, told, watched, memory = time.monotonic(), set[int](), set[int](), OomWatch()
+        told, memory, words = set[int](), OomWatch(), _LastWords()
+        looked_s = since_s = time.monotonic()
         while True:
+            since_s = since_s if time.monotonic() - looked_s < _SUSPENDED_S else time.monotonic()
+            looked_s = time.monotonic()
             ended = attempt.torchrun.poll() is not None  # before looking at the ranks, whose last words may come now
             notes = attempt.notes()
-            for rank in notes.keys() - watched:
-                memory.watch(notes[rank]["pid"])
-                watched.add(rank)
-            if self.signals.wanted():
+            memory.look(note["pid"] for note in notes.values())
+            if self.signals.received:
                 for rank in notes.keys() - told:
-                    attempt.signal(rank, signal.SIGTERM)
+                    attempt.signal(rank, self.signals.received)
                     told.add(rank)
+            final = words.are_final(attempt, ended)
             if dead := attempt.silently_gone():
-                return _death(attempt, dead[0], memory)
-            if ended:
+                death = _death(attempt, dead[0], memory)
+                return None if words.explain(death) else death
+            if final:
                 return None
-            if late := watchdog.overdue(attempt, self.limits, started_s):
-                return _hang(watchdog.examine(attempt, late, self.limits, started_s))
+            if watchdog.overdue(attempt, self.limits, since_s):
+                return _hang(watchdog.examine(attempt, self.limits, since_s))
             self._report_first_step(attempt)
+            if ended:
+                time.sleep(_POLL_S)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 attempt.torchrun.wait(_POLL_S)
 
@@ -169,7 +212,10 @@ class Supervisor:
         """(whether to start again, words on what is done)."""
         progress = self.earlier is None or saved_step != self.saved_step
         self.restarts = 0 if progress else self.restarts
-        if self.signals.wanted():
+        if self.undead:
+            pids = ", ".join(map(str, self.undead))
+            return False, f"not started again: {pids} cannot be killed, and wait for a disk or device of this machine"
+        if self.signals.wanted() or self._stop_requested():
             return False, "not started again, for a stop was asked for"
         if not progress and failure.comes_back(self.earlier):
             return False, "not started again: the same failure has come back with no new checkpoint in between"
@@ -179,11 +225,16 @@ class Supervisor:
         begin = "from the beginning" if saved_step is None else f"from the checkpoint of step {saved_step}"
         return True, f"starting again {begin} (restart {self.restarts} of {self.max_restarts})"
 
+    def _stop_requested(self) -> bool:
+        with _complained():
+            return storage.exists(self.directory.at("requests", STOP))
+        return False
+
 
 def _in_words(attempt: Attempt) -> Outcome:
     """How an attempt ended whose ranks have all said so; of those that failed, the first."""
     notes = attempt.notes()
-    failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note.get("exit", 0) not in (0, 75))
+    failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note.get("exit", 0) not in _WELL)
     if failed:
         rank = failed[0][1]
         message = notes[rank]["message"]
@@ -198,6 +249,9 @@ def _in_words(attempt: Attempt) -> Outcome:
         said = attempt.said_by_torchrun()[-2000:]
         cause = f"only {len(notes)} of {attempt.processes} ranks started; torchrun said:\n{said}"
         return _failed(Failure("torchrun:", "start", cause, "see what it said", Pulse()))
+    if mute := [rank for rank, note in notes.items() if "exit" not in note]:
+        cause = f"has ended with status {attempt.torchrun.poll()}, and rank {mute[0]} has not, nor said why"
+        return _failed(Failure("torchrun", "end", cause, AGAIN, Pulse()))
     return Outcome(max(note["exit"] for note in notes.values()))
 
 
@@ -233,5 +287,5 @@ def _complained() -> Iterator[None]:
     """A store that is away keeps no failure from being told on the console, nor the run from being started again."""
     try:
         yield
-    except OSError as error:
-        print(f"WARNING: not written: {error}", file=sys.stderr, flush=True)
+    except (OSError, JobError) as error:
+        print(f"WARNING: {error}", file=sys.stderr, flush=True)

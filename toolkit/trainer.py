@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from toolkit import distributed, pulse
 from toolkit.agreement import Agreement
 from toolkit.distributed import ALONE, Ranks
-from toolkit.lost import Guard, Interval
+from toolkit.lost import Guard, Interval, LostLossError
 from toolkit.randomness import derive, seed_everything
 
 Schedule = Callable[[int], float]
@@ -181,6 +181,17 @@ class Trainer:
         Raises LostLossError if a step is lost, unless it was skipped.
         """
         return self.interval.mean(self.state.step)
+
+    def check_weights(self) -> None:
+        """Raises LostLossError on every rank if a weight is no number: a gradient was none though the loss was."""
+        weights = [distributed.local(weight.detach()) for weight in self.parameters]
+        held = [weight for weight in weights if weight.numel()]  # a rank may have no share of a small one
+        norms = torch._foreach_norm([*held, torch.zeros(1, device=self.device)], inf)
+        lost = distributed.sum_over_ranks((~torch.stack(norms).isfinite()).any().float())
+        if lost.item():
+            step = self.state.step
+            words = f"a weight is no finite number after step {step}, though every loss was: a gradient has been none"
+            raise LostLossError(words, range(step - max(1, self.interval.steps), step))
 
     def rehearse(self, micro_batches: Sequence[Any]) -> None:
         """One forward and backward whose result is thrown away; the state is as it was.

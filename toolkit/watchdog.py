@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from toolkit.pulse import Pulse
 # The innermost Python frame of a rank that waits for others: it is not the one that holds them up.
 WAITING = ("torch/distributed/", "torch/autograd/graph.py", "toolkit/agreement.py")
 PATIENCE_S = 3.0  # for one process to show its stacks
+NCCL_PATIENCE_S = 6.0  # for the flight recorders of all ranks
 
 
 class Hang(NamedTuple):
@@ -30,35 +31,45 @@ class Hang(NamedTuple):
     pulses: Mapping[int, Pulse]  # of all ranks, before a stopped one went on to show its stacks
 
 
-def overdue(attempt: Attempt, limits: Mapping[str, float], started_s: float) -> list[int]:
-    """The ranks whose last heartbeat is older than its phase's limit; one that never came counts from the start."""
-    pulses, notes, now_s = attempt.pulses(), attempt.notes(), time.monotonic()
-    late = []
-    for rank in range(attempt.processes):
-        beat = pulses.get(rank, Pulse(at_s=started_s))
-        if "exit" not in notes.get(rank, {}) and now_s - beat.at_s > limits[beat.phase]:
-            late.append(rank)
-    return late
+def overdue(attempt: Attempt, limits: Mapping[str, float], since_s: float) -> list[int]:
+    """The ranks whose last heartbeat is older than its phase's limit; one that never came counts from `since_s`, and so
+    does one that came before. A rank that has come later than one within its own limit waits for that, and is not late.
+    """
+    beats, now_s = _beats(attempt, since_s), time.monotonic()
+    late = [rank for rank, beat in beats.items() if now_s - beat.at_s > limits[beat.phase]]
+    oldest_in_time_s = min((beat.at_s for rank, beat in beats.items() if rank not in late), default=now_s)
+    return [rank for rank in late if beats[rank].at_s <= oldest_in_time_s]
 
 
-def examine(attempt: Attempt, late: list[int], limits: Mapping[str, float], started_s: float) -> Hang:
-    """Have every rank write down its stacks, stopped ones too, and say which of the late ones holds up the others."""
-    now_s, pulses = time.monotonic(), attempt.pulses()
+def _beats(attempt: Attempt, since_s: float) -> dict[int, Pulse]:
+    """The last heartbeats of all ranks that have not left their last word."""
+    pulses, notes = attempt.pulses(), attempt.notes()
+    ranks = [rank for rank in range(attempt.processes) if "exit" not in notes.get(rank, {})]
+    beats = {rank: pulses.get(rank, Pulse()) for rank in ranks}
+    return {rank: beat._replace(at_s=max(beat.at_s, since_s)) for rank, beat in beats.items()}
+
+
+def examine(attempt: Attempt, limits: Mapping[str, float], since_s: float) -> Hang:
+    """Have every rank write down its stacks, stopped ones too, and say which holds up the others: it may have given its
+    last sign of life just after them.
+    """
+    now_s, beats = time.monotonic(), _beats(attempt, since_s)
     states = {rank: _state(note["pid"]) for rank, note in attempt.notes().items()}
+    asked = [rank for rank in states if _ask_nccl(attempt, rank)]
     for rank, note in attempt.notes().items():
         if "exit" not in note:
             _show_stacks(attempt, rank, note)
+    _wait_for_nccl(attempt, asked)
     where = {rank: innermost(attempt.folder / f"rank-{rank}-stacks.log") for rank in states}
 
     def least_suspect(rank: int) -> tuple[Any, ...]:
-        beat = pulses.get(rank, Pulse())
+        beat = beats[rank]
         waits = any(place in where.get(rank, "") for place in WAITING)
         return (states.get(rank) not in _ODD, waits, beat.step, beat.at_s, rank)
 
-    rank = min(late, key=least_suspect)
-    beat = pulses.get(rank, Pulse(at_s=started_s))
-    state = states.get(rank, "never started")
-    return Hang(rank, state, beat, now_s - beat.at_s, limits[beat.phase], where.get(rank, ""), pulses)
+    rank = min(beats, key=least_suspect)
+    beat, state = beats[rank], states.get(rank, "never started")
+    return Hang(rank, state, beat, now_s - beat.at_s, limits[beat.phase], where.get(rank, ""), beats)
 
 
 _ODD = ("stopped", "in uninterruptible sleep (a disk or device that does not answer)")
@@ -94,10 +105,26 @@ def _show_stacks(attempt: Attempt, rank: int, note: Mapping[str, Any]) -> None:
             _append(
                 path, f"  it did not answer within {PATIENCE_S:.0f} s; the kernel says: {_kernel_stack(process.pid)}\n"
             )
+
+
+def _ask_nccl(attempt: Attempt, rank: int) -> bool:
+    """Whether NCCL's flight recorder of a rank could be asked; it answers with a file nccl-trace-rank-N."""
     pipe = attempt.folder / f"nccl-pipe-rank-{rank}.pipe"
-    if pipe.is_fifo():  # NCCL's flight recorder answers with a file nccl-trace-rank-N
+    if pipe.is_fifo():
         with contextlib.suppress(OSError), open(pipe, "r+b", buffering=0) as trigger:
             trigger.write(b"1\n")
+            return True
+    return False
+
+
+def _wait_for_nccl(attempt: Attempt, ranks: Iterable[int]) -> None:
+    """It looks at its pipe once a second, and writes some megabytes."""
+    deadline_s = time.monotonic() + NCCL_PATIENCE_S
+    for path in (attempt.folder / f"nccl-trace-rank-{rank}" for rank in ranks):
+        before, size = -1, 0
+        while (size == 0 or size != before) and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+            before, size = size, path.stat().st_size if path.exists() else 0
 
 
 def innermost(stacks: Path) -> str:

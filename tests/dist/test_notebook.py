@@ -33,7 +33,13 @@ def cell(stage: Any, steps: int, processes: int = 2, **environment: str) -> "sub
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )
+
+
+def _heed_interrupts() -> None:
+    """Whoever runs these tests in the background has the shell ignore them, and children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def held(stage: Any, process: "subprocess.Popen[str]", processes: int) -> None:

@@ -95,6 +95,29 @@ def test_an_exception_on_one_rank_is_said_once_with_its_rank(stage: Any) -> None
     assert "torn in two" in status["reason"]
 
 
+BUSY = """
+import os
+import time
+
+from toolkit.datasets import digits
+
+
+class Busy(digits.Digits):
+    def __init__(self):
+        if os.environ["RANK"] == "0":
+            time.sleep(60)
+        raise ValueError("no such disk")
+"""
+
+
+def test_what_a_rank_is_refused_for_is_said_soon_though_another_is_busy(stage: Any) -> None:
+    stage.place.write("busy.py", BUSY)
+    process = stage.start(*DIGITS, "--processes=2", "data.val=null", "data.train.name=busy:Busy")
+    _, err = stage.end(process, 2, timeout_s=25)
+    assert "no such disk" in err
+    assert not (stage.folder / "runs").exists()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_is_saved_and_the_same_command_goes_on(
@@ -110,6 +133,7 @@ def test_a_stopped_run_is_saved_and_the_same_command_goes_on(
     assert err == ""
     status = stage.place.status("runs/x")
     assert (status["state"], status["exit"]) == ("preempted", 75)
+    assert status["reason"] == f"stopped by {number.name}"
     assert 15 < status["step"] < STEPS
     saved = stage.folder / "runs/x/checkpoints" / f"step-{status['step']:08d}" / "manifest.json"
     assert json.loads(saved.read_text())["manifest"]["step"] == status["step"]

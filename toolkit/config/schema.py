@@ -119,6 +119,11 @@ class Train(Section):
         False, description="batch norm over the samples of all ranks, not of each; on GPUs only"
     )
 
+    @property
+    def in_step(self) -> bool:
+        """Whether every forward pass of a rank is one of all ranks."""
+        return self.strategy == "fsdp" or self.sync_batch_norm
+
     @model_validator(mode="after")
     def _ends(self) -> "Train":
         if self.epochs is None and self.max_steps is None:
@@ -193,6 +198,11 @@ class Limits(Section):
     evaluation_s: float = Field(600, gt=0, description="seconds a batch of an evaluation")
     save_s: float = Field(1200, gt=0, description="seconds that the loop waits for a save")
 
+    @property
+    def longest_s(self) -> float:
+        """After which one of them has named the rank that holds up the others, if there is a supervisor."""
+        return max(self.start_s, self.step_s, self.evaluation_s, self.save_s)
+
 
 class Launch(Section):
     processes: Count | Auto = Field("auto", description="ranks on this machine; auto: one a GPU, else 1")
@@ -227,10 +237,11 @@ class Job(Section):
                 f"data.global_batch_size {size} is less than the {count} ranks; "
                 f"use at least {count}, or launch.processes={size}"
             )
-        if self.train.strategy == "fsdp" and self.train.micro_batch_size == 1 and size % count:
+        if self.train.in_step and self.train.micro_batch_size == 1 and size % count:
             raise JobError(
                 f"train.micro_batch_size 1 cuts data.global_batch_size {size} into more steps on some of {count} ranks "
-                "than on others, and with train.strategy fsdp all must step together; use at least 2, or strategy ddp"
+                "than on others, and with train.strategy fsdp or train.sync_batch_norm all must step together; use at "
+                "least 2, or strategy ddp without it"
             )
 
     def as_written(self) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Checkpoints:
     def _save(self, trainer: Any, score: float | None) -> None:
         pulse.beat("save")
         trainer.mean_loss()  # raises if it is no number: a model that is lost is not worth a checkpoint
+        trainer.check_weights()  # as well
         self.checkpointer.save(trainer.state, score, self.before_commit)
         self.tried_step, self.started_s = trainer.state.step, time.monotonic()
 

@@ -29,7 +29,11 @@ class Stragglers:
 
     def start(self, trainer: Any) -> None:
         if self.trainer is None and trainer.ranks.world_size > 1:
-            trainer.model.register_forward_pre_hook(self._forward_begins)
+            # DDP waits for rank 0's buffers before it calls the model; in one that is compiled no mark can be set.
+            model = trainer.state.model
+            inner = trainer.model if getattr(model, "_compiled_call_impl", None) else model
+            trainer.model.register_forward_pre_hook(self._batch_has_come)
+            inner.register_forward_pre_hook(self._forward_begins)
             trainer.model.register_forward_hook(self._forward_ends)
         self.trainer, self.ranks = trainer, trainer.ranks
         self._restart()
@@ -66,11 +70,13 @@ class Stragglers:
         self.since_step, self.own_s = self.trainer.state.step, 0.0
         self.forwards: list[list[Any]] = []
 
+    def _batch_has_come(self, *_: Any) -> None:
+        if not self.trainer.evaluating:
+            self.own_s += time.monotonic() - self.idle_since_s
+
     def _forward_begins(self, *_: Any) -> None:
-        if self.trainer.evaluating:
-            return
-        self.own_s += time.monotonic() - self.idle_since_s
-        self.forwards.append([self._mark()])
+        if not self.trainer.evaluating:
+            self.forwards.append([self._mark()])
 
     def _forward_ends(self, *_: Any) -> None:
         if self.trainer.evaluating:
