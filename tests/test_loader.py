@@ -1,15 +1,18 @@
 """Steps -> batches: any kind of dataset, the same samples and the same augmentation however the work is divided."""
 
+import os
 import random
 import re
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
+from toolkit.datasets import workers
 from toolkit.datasets.digits import Digits
 from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
 from toolkit.datasets.sampler import ElasticDistributedSampler
@@ -303,3 +306,32 @@ def test_normalise_takes_one_value_a_channel_or_one_for_all(shape: tuple[int, ..
 def test_a_transform_that_could_not_work_is_refused(wrong: Any) -> None:
     with pytest.raises(JobError, match="at least 1|above 0"):
         wrong()
+
+
+def test_a_worker_that_its_fork_has_left_with_a_held_lock_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if another thread had held a lock in the moment of the fork: the first worker waits for ever."""
+    loaders: list[Any] = []
+
+    def made(*arguments: Any, **options: Any) -> Any:
+        loaders.append(DataLoader(*arguments, **options))
+        return loaders[-1]
+
+    def stuck_at_first(start: int, worker: int) -> None:
+        if len(loaders) == 1:
+            threading.Event().wait()
+        os.write(start, b".")
+
+    monkeypatch.setattr(workers, "_START_S", 2.0)
+    monkeypatch.setattr(workers, "_worker_starts", stuck_at_first)
+    monkeypatch.setattr(workers, "DataLoader", made)
+    steps = TrainingSteps(Items(), ElasticDistributedSampler(range(40), 1, 0, global_batch_size=8))
+    assert len(list(batches(steps, 0, 4, 2, CPU))) == 4
+    assert len(loaders) == 2
+
+
+def test_workers_that_never_start_are_said_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_START_S", 0.5)
+    monkeypatch.setattr(workers, "_worker_starts", lambda start, worker: threading.Event().wait())
+    steps = TrainingSteps(Items(), ElasticDistributedSampler(range(40), 1, 0, global_batch_size=8))
+    with pytest.raises(RunError, match="3 times a loader worker has not started within"):
+        list(batches(steps, 0, 4, 1, CPU))

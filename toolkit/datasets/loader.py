@@ -3,10 +3,6 @@
 One item of work is one rank's share of one step, cut into micro-batches.
 """
 
-import atexit
-import ctypes
-import multiprocessing
-import signal
 from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from math import ceil
@@ -15,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import Split
 from toolkit.datasets.stream import Int64s, sample_keys, uniform
+from toolkit.datasets.workers import by_workers
 from toolkit.errors import RunError
 from toolkit.randomness import derive, seed_everything
 
@@ -127,16 +124,7 @@ def batches(
     """
     source: Any
     if workers:
-        source = DataLoader(
-            steps,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=workers,
-            collate_fn=_unchanged,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_worker_starts,
-            generator=torch.Generator(),  # or the DataLoader would draw from the global one, and the run would drift
-        )
+        source = by_workers(steps, range(start, stop), workers, device.type == "cuda")
     else:
         source = (steps[step] for step in range(start, stop))
     host = (_checked(step) for step in source)
@@ -211,27 +199,6 @@ def _checked(step: list[Batch] | Failure) -> list[Batch]:
     if isinstance(step, Failure):
         raise RunError(step.message)
     return step
-
-
-def _unchanged(step: Any) -> Any:
-    return step
-
-
-def _worker_starts(worker: int) -> None:
-    """A worker leaves stopping to its rank, and does not outlive it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(ctypes.CDLL(None), "prctl"):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-@atexit.register
-def _end_workers() -> None:
-    """End what an error has left behind: Python would send workers SIGTERM, which they ignore, and wait for ever."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for a killed worker
-            child.kill()
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,0 +1,85 @@
+"""Loader workers: processes that read ahead, which start for certain and do not outlive their rank."""
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import select
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from toolkit.errors import RunError
+
+_START_S, _TRIES = 10.0, 3  # how long a worker may take to start, and how often it is tried
+
+
+def by_workers(steps: Any, numbers: range, workers: int, pin_memory: bool) -> Iterator[Any]:
+    """Each of the steps, read by worker processes.
+
+    A fork copies every lock of this process as it is, also one that another thread holds for a moment, such as one that
+    writes a checkpoint. A worker that needs it waits for ever. So those that do not start are killed, and forked again.
+    """
+    for _ in range(_TRIES):
+        started, start = os.pipe()
+        try:
+            loader = DataLoader(
+                steps,
+                batch_size=None,
+                sampler=numbers,
+                num_workers=workers,
+                collate_fn=_unchanged,
+                pin_memory=pin_memory,
+                worker_init_fn=partial(_worker_starts, start),
+                generator=torch.Generator(),  # or it would draw from the global one, and the run would drift
+            )
+            before = {child.pid for child in multiprocessing.active_children()}
+            iterator: Iterator[Any] = iter(loader)
+            if _all_say_so(started, workers):
+                return iterator
+            _kill_workers(child for child in multiprocessing.active_children() if child.pid not in before)
+            del iterator
+        finally:
+            os.close(started)
+            os.close(start)
+    raise RunError(f"{_TRIES} times a loader worker has not started within {_START_S:.0f} s; set data.workers=0")
+
+
+def _all_say_so(started: int, workers: int) -> bool:
+    """Whether so many workers write a byte into the pipe in time."""
+    said, deadline_s = 0, time.monotonic() + _START_S
+    while said < workers and select.select([started], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
+        said += len(os.read(started, workers))
+    return said >= workers
+
+
+def _unchanged(step: Any) -> Any:
+    return step
+
+
+def _worker_starts(start: int, worker: int) -> None:
+    """A worker leaves stopping to its rank, and does not outlive it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    os.write(start, b".")
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End what an error has left behind: Python would send workers SIGTERM, which they ignore, and wait for ever."""
+    _kill_workers(child for child in multiprocessing.active_children() if child.daemon)
+
+
+def _kill_workers(workers: Iterable[Any]) -> None:
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise for a killed worker
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
