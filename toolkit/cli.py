@@ -216,12 +216,12 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # the user's own components are found from here
     watched = "TOOLKIT_ATTEMPT_DIR" in os.environ  # a rank of our supervisor, which `--help` need not import
     if watched:
-        from toolkit import attempt
+        from toolkit import rank as note
 
-        attempt.enter_rank(os.environ)
+        note.enter(os.environ)
     status, message, rank = _run()
     if watched:
-        status = attempt.leave_rank(os.environ, status, message, rank)
+        status = note.leave(os.environ, status, message, rank)
     elif message:
         print(message, file=sys.stderr)
     _exit(status)

@@ -29,7 +29,8 @@ MAY_CHANGE = {
 # Of what is known of a process, what tells it from others.
 WHO = ("host", "pid", "pid_namespace", "boot_id", "slurm_job_id", "slurm_restart_count")
 
-SAVE_NOW, STOP = "save-now", "stop"  # requests for a checkpoint, and for an end as by SIGTERM
+# Requests: for a checkpoint, for an end as by SIGTERM, and for one after which no scheduler starts the run again.
+SAVE_NOW, STOP, CANCEL = "save-now", "stop", "cancel"
 COMPLETE = "This run is complete: raise train.epochs to go on, or start over with --fresh."
 
 
