@@ -1,4 +1,6 @@
-"""What is wrong with a job file, in words: the key, what was given, what is allowed, the nearest key that exists."""
+"""What is wrong with a job file, or with another file that has a schema, in words: the key, what was given, what is
+allowed, the nearest key that exists.
+"""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -12,12 +14,14 @@ from toolkit.config.schema import Component, Job
 from toolkit.config.text import Path, Problem
 
 
-def schema_problems(errors: Sequence[ErrorDetails], written: Mapping[Path, str]) -> list[Problem]:
+def schema_problems(
+    errors: Sequence[ErrorDetails], written: Mapping[Path, str], root: type[BaseModel] = Job
+) -> list[Problem]:
     """pydantic's errors in our words; the alternatives of one value (`int or 'auto'`) become one problem."""
     by_path: dict[Path, list[ErrorDetails]] = {}
     for error in errors:
         by_path.setdefault(_key_path(error), []).append(error)
-    return [Problem(path, _words(path, group, written)) for path, group in by_path.items()]
+    return [Problem(path, _words(path, group, written, root)) for path, group in by_path.items()]
 
 
 def _key_path(error: ErrorDetails) -> Path:
@@ -29,12 +33,12 @@ def _key_path(error: ErrorDetails) -> Path:
     return (*(part for part in sections if part not in tags and "[" not in str(part)), *key)
 
 
-def _words(path: Path, group: Sequence[ErrorDetails], written: Mapping[Path, str]) -> str:
+def _words(path: Path, group: Sequence[ErrorDetails], written: Mapping[Path, str], root: type[BaseModel]) -> str:
     first = group[0]
-    field = _field(path)
+    field = _field(path, root)
     about = f" ({field})" if field else ""
     if first["type"] == "extra_forbidden":
-        return _unknown_key(path)
+        return _unknown_key(path, root)
     if first["type"] == "missing":
         return f"is missing{about}"
     given = _as_written(first["input"], path, written)
@@ -54,9 +58,9 @@ def _as_written(value: Any, path: Path, written: Mapping[Path, str]) -> Any:
     return written.get(path, value)
 
 
-def _section(path: Path) -> type[BaseModel] | None:
+def _section(path: Path, root: type[BaseModel]) -> type[BaseModel] | None:
     """The schema's section at a path, or None where the path leads to a plain value."""
-    section: type[BaseModel] | None = Job
+    section: type[BaseModel] | None = root
     for key in path:
         if isinstance(key, int) or section is None:
             continue
@@ -72,31 +76,31 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
     return Component if Component in models else next(iter(models), None)
 
 
-def _info(path: Path) -> FieldInfo | None:
-    section = _section(path[:-1]) if path else None
+def _info(path: Path, root: type[BaseModel]) -> FieldInfo | None:
+    section = _section(path[:-1], root) if path else None
     return section.model_fields.get(str(path[-1])) if section else None
 
 
-def _field(path: Path) -> str:
-    info = _info(path)
+def _field(path: Path, root: type[BaseModel]) -> str:
+    info = _info(path, root)
     return info.description or "" if info else ""
 
 
 def declared(path: Path) -> Any:
-    """The type that the schema gives a key, or None for one of which it knows nothing."""
-    info = _info(path)
+    """The type that the schema of the job file gives a key, or None for one of which it knows nothing."""
+    info = _info(path, Job)
     return info.annotation if info else None
 
 
-def _unknown_key(path: Path) -> str:
-    section = _section(path[:-1])
+def _unknown_key(path: Path, root: type[BaseModel]) -> str:
+    section = _section(path[:-1], root)
     if section is None:
         return "is an unknown key"
     key, known = str(path[-1]), sorted(section.model_fields)
     if section is Component:
         return f"is an unknown key; arguments go under {_dotted((*path[:-1], 'args', key))}"
     near = get_close_matches(key, known, 1)
-    elsewhere = get_close_matches(key.rsplit(".", maxsplit=1)[-1], _ALL_KEYS, 1, cutoff=0.8)
+    elsewhere = get_close_matches(key.rsplit(".", maxsplit=1)[-1], _ALL_KEYS, 1, cutoff=0.8) if root is Job else []
     if near:
         return f"is an unknown key; did you mean {near[0]!r}? Allowed: {', '.join(known)}"
     if elsewhere:
@@ -119,8 +123,8 @@ def _dotted(path: Path) -> str:
 _ALL_KEYS = _leaves(Job, ()) | {"lr": "optimizer.args.lr", "batch_size": "data.global_batch_size"}
 
 
-def report(path: str, problems: Sequence[Problem], origin: Mapping[Path, str]) -> str:
-    lines = [f"job file {path} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
+def report(path: str, problems: Sequence[Problem], origin: Mapping[Path, str], kind: str = "job file") -> str:
+    lines = [f"{kind} {path} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
     for problem in problems:
         where = next((origin[p] for n in range(len(problem.path), -1, -1) if (p := problem.path[:n]) in origin), "")
         lines.append(f"  {where}{': ' if where else ''}{_dotted(problem.path) or 'the file'}: {problem.message}")
