@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "supervisor": LEAVES
     | {"run", "lock", "storage", "config", "signals", "attempt", "watchdog", "postmortem", "oom"}
     | {"deaths"},
+    "cluster": LEAVES | {"supervisor", "config", "run", "storage", "lock", "signals", "attempt", "provenance"},
 }
 ROOTS = {"session", "cli", "__init__", "__main__"}
 DOORS = {
