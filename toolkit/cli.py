@@ -213,7 +213,7 @@ def _options(
 
 def main() -> None:
     """The `toolkit` command: errors become one block on stderr and an exit status."""
-    sys.path.insert(0, os.getcwd())  # the user's own components are found from here
+    sys.path.insert(0, os.environ.get("TOOLKIT_CODE") or os.getcwd())  # the user's own components are found from here
     watched = "TOOLKIT_ATTEMPT_DIR" in os.environ  # a rank of our supervisor, which `--help` need not import
     if watched:
         from toolkit import rank as note

@@ -16,7 +16,7 @@ from toolkit import pulse, storage
 from toolkit.errors import JobError
 from toolkit.journal import Journal
 from toolkit.lock import Lock
-from toolkit.provenance import packages, source_code, without_secrets
+from toolkit.provenance import packages, without_secrets
 
 # What may differ between two starts of one run. All else makes another run, whatever it is called.
 MAY_CHANGE = {
@@ -104,10 +104,7 @@ class Run:
             provenance |= {
                 "job": job,
                 "resolved": dict(resolved),
-                "attempts": [
-                    *provenance["attempts"],
-                    start | dict(machine) | source_code() | {"packages": packages()},
-                ],
+                "attempts": [*provenance["attempts"], start | dict(machine) | {"packages": packages()}],
             }
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
