@@ -2,7 +2,7 @@
 
 `python -c "import torch, toolkit"` works in it, as root and as any other user:
 
-    wrapped([image.python, "-c", "import torch"], container, image.folder, [str(ROOT)], …)   # toolkit.cluster.containers
+    wrapped([image.python, "-c", "import torch"], container, image.folder, [str(ROOT)], names, workdir)
 
 `image.mounts` must be among the container's mounts.
 """
@@ -42,9 +42,9 @@ def install() -> None:
 def image(root: Path, *places: str) -> Iterator[Image]:
     """A new image as the folder `root`, removed in the end; `places` are where something can be mounted in it.
 
-    Python and its packages are in it at their own paths, as hard links where the file system has them: another user may
-    not reach them here (in /root, say). On one file system that takes seconds and no space, but what is written into the
-    image is written here: leave it read-only.
+    Python and its packages are in it at their own paths, as hard links where the file system has them: another user
+    may not reach them here (in /root, say). On one file system that takes seconds and no space, but what is written
+    into the image is written here: leave it read-only.
     """
     for name in (*FOLDERS, *(place.lstrip("/") for place in places)):
         (root / name).mkdir(parents=True, exist_ok=True)
