@@ -169,10 +169,11 @@ class Run:
         with self._storing:
             storage.write(self.at("status.json"), _text(self._status))
 
-    def ended(self, state: str, reason: str, exit_status: int) -> None:
-        """Write how a run has ended whose own rank 0 no longer can."""
+    def mark(self, state: str, **values: Any) -> None:
+        """Change status.json for a run whose own rank 0 cannot: not yet, or no longer."""
         self._status = self.status() or {}
-        self.set_status(state, reason=reason, exit=exit_status)
+        self._status |= {"state": state, **values}
+        storage.write(self.at("status.json"), _text(self._status))
 
     def newest_checkpoint(self) -> int | None:
         """The step of the newest checkpoint that has a manifest, whatever its files are like."""

@@ -235,7 +235,7 @@ class Supervisor:
             known = replace(failure, pulses=failure.pulses or look.pulses)
             postmortem.write(self.directory, postmortem.page(known, number, text, saved_step, then))
             if (self.directory.status() or {"state": "failed"})["state"] in ("running", "failed"):
-                self.directory.ended("failed", failure.line, failure.exit)
+                self.directory.mark("failed", reason=failure.line, exit=failure.exit)
         self.earlier, self.saved_step, self.failed_s, self.resumed_step = failure, saved_step, time.monotonic(), None
         where = storage.shown(self.directory.at("postmortem.md"))
         return Outcome(failure.exit, f"{failure.line}\n{then}; more in {where}", failure), goes_on
@@ -296,9 +296,11 @@ def _death(attempt: Attempt, look: Look) -> Outcome:
     death, host = attempt.death(rank), look.host(rank)
     kind, cause, remedy = killed(death.signal, death.evidence)
     if death.torchrun:
-        return _failed(Failure(f"torchrun (pid {death.torchrun})", kind, cause, remedy, Pulse(), None, host))
-    who, beat = f"rank {rank} (pid {look.notes[rank]['pid']})", look.pulses.get(rank, Pulse())
-    return _failed(Failure(who, kind, cause, remedy, beat, rank, host))
+        who, beat = f"torchrun (pid {death.torchrun})", Pulse()
+    else:
+        who, beat = f"rank {rank} (pid {look.notes[rank]['pid']})", look.pulses.get(rank, Pulse())
+    blamed = None if death.torchrun else rank
+    return _failed(Failure(who, kind, cause, remedy, beat, blamed, host, blames_host=not death.evidence))
 
 
 def _lost(look: Look) -> Outcome:
@@ -306,7 +308,7 @@ def _lost(look: Look) -> Outcome:
     host, cause = next(iter(look.lost.items()))
     beat = max(look.pulses.values(), key=lambda beat: beat.step, default=Pulse())
     remedy = f"if that was not you: ask the cluster's staff about node {host}; {AGAIN}"
-    return _failed(Failure(f"node {host}", f"node {host}", cause, remedy, beat, None, host))
+    return _failed(Failure(f"node {host}", f"node {host}", cause, remedy, beat, None, host, blames_host=True))
 
 
 def _hang(hang: watchdog.Hang, look: Look) -> Outcome:
@@ -317,7 +319,7 @@ def _hang(hang: watchdog.Hang, look: Look) -> Outcome:
     if hang.state == STOPPED:
         remedy = "somebody has stopped it (SIGSTOP, a debugger, a suspended machine); " + AGAIN
     who, kind, host = f"rank {hang.rank}", f"hang in {phase}", look.host(hang.rank)
-    return _failed(Failure(who, kind, cause, remedy, hang.pulse, hang.rank, host, pulses=hang.pulses))
+    return _failed(Failure(who, kind, cause, remedy, hang.pulse, hang.rank, host, pulses=hang.pulses, blames_host=True))
 
 
 def _failed(failure: Failure) -> Outcome:

@@ -61,6 +61,7 @@ class Allocation:
             patience_s=self.plan.job.launch.limits.start_s,
             warned=self.warned,
             cancel=partial(_cancel_step, environment["SLURM_JOB_ID"]),
+            additions=self.plan.additions,
         )
 
     def after(self, failure: Failure) -> str:

@@ -45,7 +45,7 @@ def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environmen
 
 
 def _seen(plan: Plan, paths: Sequence[str]) -> list[str]:
-    """What every node must see: the run, if it is a folder, where the job was submitted, and what it needs from there."""
+    """What every node must see: the run, if it is a folder, where the job was submitted, and what it needs."""
     local = storage.local_path(plan.job.run.dir)
     if local:
         os.makedirs(local, exist_ok=True)

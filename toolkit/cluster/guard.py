@@ -1,6 +1,6 @@
 """What a job's script runs: a command, watched. Killed, it is started again: nobody else would do so.
 
-    python -m toolkit.cluster.guard COMMAND…
+python -m toolkit.cluster.guard COMMAND…
 """
 
 import os

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from toolkit.cluster.containers import wrapped
+from toolkit.cluster.containers import additions, handed_in, wrapped
 from toolkit.cluster.partitions import Asked
 from toolkit.cluster.profile import Container, Profile
 from toolkit.config import Job
@@ -40,7 +40,7 @@ class Plan:
 
     job: Job
     profile: Profile
-    nodes: Nodes = Nodes()
+    nodes: Nodes
     image: str | None = None
 
     @property
@@ -52,6 +52,10 @@ class Plan:
         """Ranks a node: one a GPU; without GPUs as many as the job says, else one."""
         wanted = self.job.launch.processes
         return self.gpus or (wanted if isinstance(wanted, int) else 1)
+
+    def additions(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """What srun's environment needs besides, for the container to have what it must of it."""
+        return additions(self.container, environment, handed_in(environment)) if self.container else {}
 
     @property
     def container(self) -> Container | None:
@@ -98,7 +102,8 @@ class Plan:
         lines = [f"module load {shlex.quote(name)}" for name in self.profile.modules]
         lines += list(self.profile.setup)
         if python_path:  # the code as it was; never what lies in the folder now
-            lines.append(f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(':'.join(python_path))}${{PYTHONPATH:+:$PYTHONPATH}}")
+            path = shlex.quote(":".join(python_path))
+            lines.append(f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}")
         lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
         return [*lines, f"cd {shlex.quote(cwd)}", "trap '' USR2  # until the supervisor listens"]
 
@@ -122,6 +127,7 @@ class Plan:
         agent = [sys.executable, "-m", AGENT]
         if self.container and self.image:
             agent[0] = self.container.python
-            more, agent = wrapped(agent, self.container, self.image, binds, environment, cwd, self.gpus > 0)
+            names = handed_in(environment)
+            more, agent = wrapped(agent, self.container, self.image, binds, names, cwd, self.gpus > 0)
             words += more
         return [*words, *agent]

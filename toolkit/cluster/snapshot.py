@@ -34,11 +34,11 @@ class Snapshot:
     inside: str  # what in it corresponds to the folder of the submission
     words: tuple[str, ...]  # what the user should know
     digest: str
+    ours: bool = False  # whether this package is in it
 
     def python_path(self) -> list[str]:
         """The folders that the job's PYTHONPATH begins with: the second one, if any, has this package."""
-        ours = os.path.exists(os.path.join(self.root, "toolkit", "cluster", "__init__.py"))
-        return [self.inside, *[self.root] * (ours and self.root != self.inside)]
+        return [self.inside, *[self.root] * (self.ours and self.root != self.inside)]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ class _ChangedError(Exception):
     """The working tree is not what it was when the copy began."""
 
 
-def take(cwd: str, to: str) -> Snapshot:
+def take(cwd: str, to: str, write: bool = True) -> Snapshot:
     """Copy the repository that `cwd` lies in to a new folder of the folder `to`, all of it or nothing.
 
     Tracked files are copied as they stand in the working tree, those of submodules too; ignored and untracked ones are
     not. A snapshot that is there already is used again. Outside of a repository nothing is copied, and words say so.
+    With `write=False` nothing is copied at all, and what would be is told.
     Raises JobError if there is more than 1 GiB of it, if it does not stand still, or cannot be read or written.
     """
     cwd, to = os.path.realpath(cwd), os.path.realpath(to)
@@ -77,16 +78,18 @@ def take(cwd: str, to: str) -> Snapshot:
         words = f"no snapshot of the code: {why}; the job will use the files of {cwd} as they are when it runs"
         return Snapshot(cwd, cwd, (words,), "")
     try:
-        tree, copy = _standing_still(root, to)
+        tree, copy = _standing_still(root, to) if write else _imagined(root, to)
         inside = os.path.normpath(os.path.join(copy, os.path.relpath(cwd, root)))
-        os.makedirs(inside, exist_ok=True)
+        if write:
+            os.makedirs(inside, exist_ok=True)
     except OSError as error:
         raise JobError(f"the code of {root} cannot be copied to {to}: {error}; mend that, or {_OTHERWISE}") from error
     except _NoRepositoryError as why:
         raise JobError(f"the code of {root} cannot be copied: {why}; mend that, or {_OTHERWISE}") from None
-    return Snapshot(copy, inside, tuple(_warnings(tree)), tree.digest)
+    return Snapshot(copy, inside, tuple(_warnings(tree)), tree.digest, _OURS in tree.modes)
 
 
+_OURS = "toolkit/cluster/snapshot.py"
 _OTHERWISE = "have the job use the files where they are: --no-snapshot"
 
 
@@ -100,6 +103,12 @@ def _standing_still(root: str, to: str) -> tuple[_Tree, str]:
         except _ChangedError:
             continue
     raise JobError(f"the files of {root} change while they are copied; stop what writes there, or {_OTHERWISE}")
+
+
+def _imagined(root: str, to: str) -> tuple[_Tree, str]:
+    tree = _look(root, to)
+    _refuse(tree)
+    return tree, os.path.join(to, tree.digest)
 
 
 def _look(root: str, to: str) -> _Tree:

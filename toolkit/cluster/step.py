@@ -63,7 +63,7 @@ class Far:
 class Step:
     """An `Attempt` over many nodes. `srun` is the command that starts an agent on each of `hosts`, with `processes`
     ranks each; `paths` must be there on every node; `warned` is told of signals that the scheduler has sent to agents,
-    `cancel` ends a step that srun cannot.
+    `cancel` ends a step that srun cannot; `additions` are srun's environment besides.
     """
 
     def __init__(
@@ -77,10 +77,12 @@ class Step:
         patience_s: float,
         warned: Callable[[signal.Signals], None] = lambda number: None,
         cancel: Callable[[str], None] = lambda step: None,
+        additions: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda environment: {},
     ) -> None:
         self.folder, self.srun, self.hosts, self.paths = folder, list(srun), list(hosts), list(paths)
         self.per_node, self.processes = processes, processes * len(hosts)
         self.patience_s, self.warned, self.cancel = patience_s, warned, cancel
+        self.additions = additions
         self.nodes: dict[int, Far] = {}
         self.token = secrets.token_hex(32)
         self.ending = threading.Event()
@@ -97,7 +99,7 @@ class Step:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=dict(environment) | ours,
+                env=dict(environment) | ours | dict(self.additions(dict(environment) | ours)),
                 start_new_session=True,
                 preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - it only asks the kernel
             )
