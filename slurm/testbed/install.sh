@@ -50,15 +50,15 @@ fill() { # a template on stdin; @NAME@ is the value of NAME
 }
 
 write_configs() {
-    local HOST STORAGE=accounting_storage/slurmdbd PROCTRACK=linuxproc TASK=none GATHER=linux CONSTRAIN=no
+    local HOST STORAGE=slurmdbd TRES=gres/gpu PROCTRACK=linuxproc TASK=none GATHER=linux CONSTRAIN=no
     local LAST=$((10 + NODES)) LAST_GPU=$((GPUS - 1)) file
     HOST=$(hostname -s)
-    [ "${ACCOUNTING:-1}" = 1 ] || STORAGE=accounting_storage/none
     [ "${CGROUP:-0}" = 0 ] || PROCTRACK=cgroup TASK=cgroup GATHER=cgroup CONSTRAIN=yes
+    [ "${ACCOUNTING:-1}" = 1 ] || STORAGE=none TRES=cpu GATHER=none # GPUs are counted by slurmdbd or not at all
     chown slurm:slurm "$BASE"/{log,pid,state}
     install -d -m 755 "$CONF" "$BASE/conf"
     for file in slurm.conf slurmdbd.conf gres.conf cgroup.conf; do
-        fill HOST STORAGE PROCTRACK TASK GATHER CONSTRAIN LAST LAST_GPU <"$HERE/$file.in" >"$BASE/conf/$file"
+        fill HOST STORAGE TRES PROCTRACK TASK GATHER CONSTRAIN LAST LAST_GPU <"$HERE/$file.in" >"$BASE/conf/$file"
     done
     if running slurmctld "$BASE/pid/slurmctld.pid" && ! cmp -s "$BASE/conf/slurm.conf" "$CONF/slurm.conf"; then
         refuse "the cluster is up with other settings (ACCOUNTING, CGROUP, or another version of the testbed); cluster down first"

@@ -24,6 +24,7 @@ wait_for() { # seconds, what for, command...
     shift 2
     until "$@" >/dev/null 2>&1; do
         [ "$SECONDS" -lt "$end" ] || {
+            grep -hs fatal "$BASE"/log/slurm*.log | tail -1 >&2
             say "timed out: waited for $what; see $BASE/log"
             return 1
         }
