@@ -53,8 +53,11 @@ class Deadline:
             self.warn(number)
         elif number:
             self._found = number
-        if self.end_s is not None and time.time() > self.end_s - self.margin_s():
+        if not self._found and self.end_s is not None and time.time() > self.end_s - self.margin_s():
             self._found = self._warned or signal.SIGUSR2
+        if self._found:
+            left = "" if self.end_s is None else f", {self.end_s - time.time():.0f} s before the job's end"
+            print(f"told to stop ({self._found.name}{left}): saving", flush=True)
         return self._found
 
     def warn(self, number: signal.Signals) -> None:
