@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BED = ROOT / "slurm/testbed/cluster"
+NODES = (1, 2, 3, 4)
+USABLE = ("idle", "mixed", "allocated")  # someone may be using the testbed beside the tests
 
 
 def words_of(*command: object, timeout_s: float = 60, **options: Any) -> str:
@@ -28,6 +30,7 @@ class Cluster:
 
     def __init__(self, place: Any) -> None:
         self.place, self.folder = place, place.folder
+        self.hurt = False
 
     def toolkit(self, *words: str, status: int = 0, timeout_s: float = 120, **environment: str) -> str:
         """`toolkit WORDS` as a user types it on the login node. Returns stdout and stderr together."""
@@ -90,28 +93,34 @@ class Cluster:
         """What a command prints on a node."""
         return words_of(BED, "exec", node, *command)
 
+    def harm(self, *words: object) -> None:
+        """One of the testbed's faults. `tidy` mends them all."""
+        self.hurt = True
+        words_of(BED, *words)
+
     def node_kill(self, node: int) -> None:
         """The node loses power."""
-        words_of(BED, "node-kill", node)
+        self.harm("node-kill", node)
 
     def node_boot(self, node: int) -> None:
         words_of(BED, "node-boot", node)
 
     def net_cut(self, node: int) -> None:
         """The node's cable is pulled; what runs there goes on."""
-        words_of(BED, "net-cut", node)
+        self.harm("net-cut", node)
 
     def net_join(self, node: int) -> None:
         words_of(BED, "net-join", node)
 
     def slurmd_kill(self, node: int) -> None:
-        words_of(BED, "slurmd-kill", node)
+        self.harm("slurmd-kill", node)
 
     def slurmd_start(self, node: int) -> None:
         words_of(BED, "slurmd-start", node)
 
     def slurmctld_kill(self) -> None:
-        words_of(BED, "slurmctld-kill")
+        """The controller dies, and forgets what has happened in the last seconds: it saves its state every five."""
+        self.harm("slurmctld-kill")
 
     def slurmctld_start(self) -> None:
         words_of(BED, "slurmctld-start")
@@ -130,11 +139,12 @@ class Cluster:
 
     def tidy(self) -> None:
         """Cancel what the test has left, and mend what it has broken. Fails if a job's processes outlive the job."""
-        words_of(BED, "up")
+        if self.hurt:
+            words_of(BED, "up")
         if left := self.jobs():
             self.cancel(*left)
         self.until(lambda: not self.jobs(), "the end of cancelled jobs")
-        words_of(BED, "up")  # a node may have gone down meanwhile
+        self.until(lambda: all(self.node_state(node) in USABLE for node in NODES), "four usable nodes")
         end = time.monotonic() + 5
         while (alive := self.processes()) and time.monotonic() < end:
             time.sleep(0.1)

@@ -54,7 +54,7 @@ def test_an_urgent_job_takes_the_nodes_after_a_warning(cluster: Cluster) -> None
     assert cluster.show(job)["JobState"] == "RUNNING", "the warning must come before the end"
     cluster.wait(urgent, "COMPLETED")
     assert "step USR2" not in lines(cluster.folder / "signals")
-    cluster.wait(job, "RUNNING", restarts=1)
+    cluster.wait(job, "PENDING", "RUNNING", restarts=1)
 
 
 def test_a_job_whose_node_dies_starts_again_elsewhere(cluster: Cluster) -> None:
@@ -80,7 +80,10 @@ def test_a_node_without_its_cable_is_down_until_it_is_joined(cluster: Cluster) -
 
 def test_a_job_outlives_the_controller_and_its_nodes_slurmd(cluster: Cluster) -> None:
     job = cluster.sbatch("touch started; until [ -e finish ]; do sleep 0.1; done; echo finished", "--nodelist=n3")
-    cluster.until((cluster.folder / "started").exists, "the job")
+    started = cluster.folder / "started"
+    cluster.until(started.exists, "the job")
+    state = Path("/var/lib/toolkit-slurm/state/job_state")
+    cluster.until(lambda: state.stat().st_mtime > started.stat().st_mtime + 1, "the controller's writing it down")
     cluster.slurmctld_kill()
     cluster.slurmd_kill(3)
     cluster.slurmctld_start()
