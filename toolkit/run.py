@@ -29,7 +29,8 @@ MAY_CHANGE = {
 # Of what is known of a process, what tells it from others.
 WHO = ("host", "pid", "pid_namespace", "boot_id", "slurm_job_id", "slurm_restart_count")
 
-SAVE_NOW, STOP = "save-now", "stop"  # requests for a checkpoint, and for an end as by SIGTERM
+# Requests for a checkpoint, for an end as by SIGTERM, and for one after which no scheduler starts the run again.
+SAVE_NOW, STOP, CANCEL = "save-now", "stop", "cancel"
 COMPLETE = "This run is complete: raise train.epochs to go on, or start over with --fresh."
 
 
@@ -110,8 +111,10 @@ class Run:
             }
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
-            if (self.status() or {}).get("state") in ("completed", "preempted"):
-                self.granted(STOP)  # it has come too late for the attempt before, and is not meant for this one
+            state = (self.status() or {}).get("state")
+            for wish, too_late in ((STOP, ("completed", "preempted", "cancelled")), (CANCEL, ("completed", "cancelled"))):
+                if state in too_late:
+                    self.granted(wish)  # it has come too late for the attempt before, and is not meant for this one
         except OSError as error:
             self.lock.release()
             where = storage.shown(self.url)
@@ -186,9 +189,9 @@ class Run:
         """Leave a request for whoever trains here."""
         storage.write(self.at("requests", wish), b"")
 
-    def wished(self, wish: str) -> bool:
-        """Whether somebody has left this request, as of the last heartbeat."""
-        return wish in self.wishes
+    def wished(self, *wishes: str) -> bool:
+        """Whether somebody has left one of these requests, as of the last heartbeat."""
+        return not self.wishes.isdisjoint(wishes)
 
     def granted(self, wish: str) -> None:
         """Take a request away."""

@@ -22,7 +22,7 @@ from toolkit.lock import holder_of, newest_claim
 from toolkit.oom import OomWatch
 from toolkit.postmortem import AGAIN, Failure
 from toolkit.pulse import Pulse
-from toolkit.run import COMPLETE, STOP, Run
+from toolkit.run import CANCEL, COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
 
 _POLL_S = 0.1
@@ -227,7 +227,7 @@ class Supervisor:
 
     def _stop_requested(self) -> bool:
         with _complained():
-            return storage.exists(self.directory.at("requests", STOP))
+            return any(storage.exists(self.directory.at("requests", wish)) for wish in (STOP, CANCEL))
         return False
 
 
