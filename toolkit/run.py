@@ -112,7 +112,10 @@ class Run:
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
             state = (self.status() or {}).get("state")
-            for wish, too_late in ((STOP, ("completed", "preempted", "cancelled")), (CANCEL, ("completed", "cancelled"))):
+            for wish, too_late in (
+                (STOP, ("completed", "preempted", "cancelled")),
+                (CANCEL, ("completed", "cancelled")),
+            ):
                 if state in too_late:
                     self.granted(wish)  # it has come too late for the attempt before, and is not meant for this one
         except OSError as error:

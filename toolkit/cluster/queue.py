@@ -90,7 +90,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Answer:
-    """What Slurm says of jobs, as of a moment: it knows those in `entries`, unless `problem` says why it said nothing."""
+    """What Slurm says of jobs, as of a moment: it knows those in `entries`; or `problem` says why it says nothing."""
 
     entries: Mapping[str, Entry]
     at_s: float
