@@ -24,6 +24,8 @@ def show(where: str, as_json: bool, console: Console) -> None:
         print(json.dumps(trees if many else trees[0], indent=1))
     elif many:
         console.print(_table(found))
+        waiting = [f"{_name(view)}: {view.why.partition(chr(10))[0]}" for view in found if view.why]
+        console.print("\n".join(waiting), **_PLAIN, end="\n" * bool(waiting))
     else:
         console.print("\n".join(lines(found[0])), **_PLAIN)
 
@@ -92,15 +94,17 @@ def _phase(facts: dict[str, Any]) -> str:
 def _table(found: list[View]) -> Table:
     metric = next((view.known.best["metric"] for view in found if view.known.best), "")
     table = Table(box=SIMPLE)
-    for column in ("run", "state", metric and f"best {metric}", "step", "heartbeat", "job", ""):
-        if column or not metric:
-            table.add_column(column, no_wrap=column != "", overflow="fold")
+    for column in ("run", "state", *([f"best {metric}"] if metric else []), "step", "heartbeat", "job"):
+        table.add_column(column, overflow="fold")
     for view in found:
         facts = tree(view)
         done = "" if facts["step"] is None else f"{facts['step']}/{facts['total']}"
         beat = f"{facts['heartbeat_age_s']:.0f} s ago" if view.goes_on and facts["heartbeat_age_s"] is not None else ""
         best = [] if not metric else ["" if facts["best"] is None else f"{facts['best']:.6g}"]
-        state, why = Text(view.state, _COLOURS.get(view.state, "")), Text(view.why.partition("\n")[0])
-        name = Text(facts["run"].rstrip("/").rpartition("/")[2])
-        table.add_row(name, state, *best, done, beat, facts["job_id"] or "", why)
+        state = Text(view.state, _COLOURS.get(view.state, ""))
+        table.add_row(Text(_name(view)), state, *best, done, beat, facts["job_id"] or "")
     return table
+
+
+def _name(view: View) -> str:
+    return storage.shown(view.known.url).rstrip("/").rpartition("/")[2]
