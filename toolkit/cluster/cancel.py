@@ -7,6 +7,7 @@ from collections.abc import Callable
 import psutil
 
 from toolkit import storage
+from toolkit.attempt import is_gone
 from toolkit.cluster import slurm
 from toolkit.cluster.monitor import View, local_process, view
 from toolkit.errors import RunError
@@ -28,7 +29,7 @@ def cancel(url: str, timeout_s: float, now: bool, say: Say) -> None:
     if not seen.goes_on and not waits:
         say(f"{storage.shown(url)} has ended already: it is {seen.state}{': ' + seen.why if seen.why else ''}")
     elif now or waits:
-        _end_now(seen, run, timeout_s, say)
+        _end_now(seen, run, waits, timeout_s, say)
     else:
         _ask(run, timeout_s, say)
 
@@ -41,14 +42,10 @@ def _waits(seen: View) -> bool:
     return facts is not None and facts.state == "PENDING"
 
 
-def _end_now(seen: View, run: Run, timeout_s: float, say: Say) -> None:
+def _end_now(seen: View, run: Run, waits: bool, timeout_s: float, say: Say) -> None:
     _end(seen, timeout_s)
-    step = seen.known.status.get("step")
-    run.ended(
-        "cancelled",
-        "cancelled before it began" if step is None else "cancelled; steps since the newest checkpoint are lost",
-        75,
-    )
+    lost = "cancelled while it waited" if waits else "cancelled at once: steps since the newest checkpoint are lost"
+    run.ended("cancelled", lost, 75)
     say(f"{storage.shown(run.url)} is cancelled")
 
 
@@ -69,7 +66,10 @@ def _end(seen: View, timeout_s: float) -> None:
         for one in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-        psutil.wait_procs(everyone, timeout=timeout_s)
+        while left := [one.pid for one in everyone if not is_gone(one.pid)]:
+            if time.monotonic() > deadline_s:
+                raise RunError(f"processes {', '.join(map(str, left))} cannot be killed")
+            time.sleep(0.05)
     else:
         raise RunError(
             f"{storage.shown(seen.known.url)} has no job to end at once; leave out --now, or kill its process"
@@ -89,6 +89,6 @@ def _ask(run: Run, timeout_s: float, say: Say) -> None:
             continue
         run.granted(CANCEL)
         if seen.goes_on:  # it was stopped for another reason at the same moment, and waits to be started again
-            return _end_now(seen, run, deadline_s - time.monotonic(), say)
+            return _end_now(seen, run, True, deadline_s - time.monotonic(), say)
         return say(f"{where} is {seen.state} at step {seen.known.status.get('step')}: {seen.why}")
     raise RunError(f"{where} has not ended within {timeout_s:.0f} s; the request stays; --now ends it without saving")

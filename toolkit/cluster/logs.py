@@ -1,8 +1,8 @@
 """`toolkit logs`: what a rank of a run says, attempt after attempt."""
 
+import contextlib
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,16 +18,15 @@ _CHUNK = 1 << 20
 def show(run: str, rank: int, attempt: int | None, onwards: bool) -> int:
     """As `follow`, to stdout. Returns the exit status: 130 after Ctrl-C, 0 also if nobody reads any more."""
 
-    def write(content: bytes) -> None:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+    def write(content: bytes) -> None:  # past Python's buffer, which it would try to get rid of after a Ctrl-C
+        while content:
+            content = content[os.write(1, content) :]
 
-    try:
-        follow(run, rank, attempt, onwards, write)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            follow(run, rank, attempt, onwards, write)
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 
