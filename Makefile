@@ -5,7 +5,7 @@ BIN    := .venv/bin
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-local test test-kill test-faults check bench clean
+.PHONY: help setup train-local test test-kill test-faults test-slurm slurm-up slurm-down check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,15 @@ test-kill: setup ## kill training 250 times, half of them in a save, on disk and
 
 test-faults: setup ## inflict every fault on runs of 2 and 4 ranks: killed, stopped, out of memory, ...; minutes
 	@$(BIN)/python tests/campaigns/faults.py --processes 2 4
+
+test-slurm: setup ## inflict every fault on jobs in a real Slurm of four nodes, on this machine; as root; minutes
+	@$(SUDO) $(BIN)/pytest tests/slurm -m ""
+
+slurm-up: ## bring up that Slurm, for trying things: sinfo, sbatch, toolkit submit
+	@$(SUDO) slurm/testbed/cluster up
+
+slurm-down: ## take it down, with all its jobs
+	@$(SUDO) slurm/testbed/cluster down
 
 check: setup ## lint, format and types
 	@$(BIN)/ruff check .
