@@ -236,6 +236,45 @@ def verify_resume(
     raise typer.Exit(prove(plan, load_job(job, overrides or (), os.environ), folder, os.environ, Console()))
 
 
+@app.command()
+def status(
+    where: Annotated[str, typer.Argument(metavar="[RUN|ROOT]", help="a run, or what runs lie in")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    debug: Debug = False,
+) -> None:
+    """How a run is doing, or all runs in a directory, the best first; why it waits, if it does."""
+    from toolkit.cluster.report import show
+
+    show(where, as_json, Console())
+
+
+@app.command()
+def logs(
+    run: RunUrl,
+    rank: Annotated[int, typer.Option(min=0, help="whose log")] = 0,
+    attempt: Annotated[int | None, typer.Option(min=1, help="default: the newest")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run is over")] = False,
+    debug: Debug = False,
+) -> None:
+    """What a rank of a run says."""
+    from toolkit.cluster.logs import show
+
+    raise typer.Exit(show(run, rank, attempt, follow))
+
+
+@app.command()
+def cancel(
+    run: RunUrl,
+    timeout_s: Annotated[float, typer.Option(min=1, help="how long to wait for its end")] = 300,
+    now: Annotated[bool, typer.Option("--now", help="end it at once, without saving")] = False,
+    debug: Debug = False,
+) -> None:
+    """Take a waiting run from the queue, or have a running one save everything and end; it is not started again."""
+    from toolkit.cluster.cancel import cancel as cancelled
+
+    cancelled(run, timeout_s, now, print)
+
+
 def _job_of(run: str) -> Job:
     """The job that a run was made for."""
     from toolkit import storage

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from toolkit import distributed, postmortem, storage
-from toolkit.run import STOP, Run
+from toolkit.run import CANCEL, STOP, Run
 from toolkit.signals import StopSignals
 from toolkit.trainer import Trainer
 
@@ -17,7 +17,7 @@ PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "sep": "\n"}
 
 @dataclass(frozen=True)
 class Result:
-    """How a start of a run ended: `completed`, or `preempted` with everything saved."""
+    """How a start of a run ended: `completed`, or `preempted` or `cancelled` with everything saved."""
 
     state: str
     url: str
@@ -33,7 +33,8 @@ def ended(
     state, exit_status, reason = "completed", 0, None
     broken_off = "stop" in trainer.agreed and evaluates  # the last evaluation is still to be made
     if broken_off or not trainer.finished:
-        state, exit_status, reason = "preempted", 75, _why_stopped(run, signals)
+        state = "cancelled" if run.wished(CANCEL) else "preempted"  # which rank 0 knows, and writes
+        exit_status, reason = 75, _why_stopped(run, signals)
     metrics: dict[str, float] = {}
     if trainer.ranks.leads:
         run.metrics.close()  # raises if a line could not be written, and then this is no good end
@@ -46,8 +47,9 @@ def ended(
         epoch = step * trainer.global_batch_size // samples
         progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch}
         run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
-        if run.wished(STOP):
-            run.granted(STOP)
+        for wish in (STOP, CANCEL):
+            if run.wished(wish):
+                run.granted(wish)
         console.print(summary, **PLAIN)
         if exit_status:
             console.print("Everything is saved; the same command goes on from here.", **PLAIN)
@@ -56,6 +58,8 @@ def ended(
 
 
 def _why_stopped(run: Run, signals: StopSignals) -> str:
+    if run.wished(CANCEL):
+        return "a cancel request in the run"
     if signals.received:
         return f"stopped by {signals.received.name}"
     return "a stop request in the run" if run.wished(STOP) else "another rank was asked to stop"

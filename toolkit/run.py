@@ -108,8 +108,13 @@ class Run:
             }
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
-            if (self.status() or {}).get("state") in ("completed", "preempted"):
-                self.granted(STOP)  # it has come too late for the attempt before, and is not meant for this one
+            state = (self.status() or {}).get("state")
+            for wish, too_late in (
+                (STOP, ("completed", "preempted", "cancelled")),
+                (CANCEL, ("completed", "cancelled")),
+            ):
+                if state in too_late:
+                    self.granted(wish)  # it has come too late for the attempt before, and is not meant for this one
         except OSError as error:
             self.lock.release()
             where = storage.shown(self.url)
@@ -185,9 +190,9 @@ class Run:
         """Leave a request for whoever trains here."""
         storage.write(self.at("requests", wish), b"")
 
-    def wished(self, wish: str) -> bool:
-        """Whether somebody has left this request, as of the last heartbeat."""
-        return wish in self.wishes
+    def wished(self, *wishes: str) -> bool:
+        """Whether somebody has left one of these requests, as of the last heartbeat."""
+        return not self.wishes.isdisjoint(wishes)
 
     def granted(self, wish: str) -> None:
         """Take a request away."""

@@ -36,7 +36,7 @@ from toolkit.observers.progress import ProgressBar
 from toolkit.observers.samples import recorded
 from toolkit.observers.stragglers import Stragglers
 from toolkit.randomness import derive, seed_everything
-from toolkit.run import COMPLETE, STOP, Run
+from toolkit.run import CANCEL, COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
 from toolkit.tasks import TASKS
 from toolkit.trainer import Observer, Trainer
@@ -220,7 +220,7 @@ def _trained(
 
 def _wishes(run: Run, saves: Checkpoints, signals: StopSignals) -> dict[str, Callable[[], bool]]:
     """What this rank may wish for after a step, and all ranks then agree on."""
-    return {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP), "save": saves.wanted}
+    return {"stop": lambda: signals.wanted() or saves.broken() or run.wished(STOP, CANCEL), "save": saves.wanted}
 
 
 @contextmanager

@@ -23,6 +23,7 @@ _AWAY = re.compile(
     "temporarily unavailable|problem talking to the database|unexpected message received",
     re.IGNORECASE,
 )
+_UNKNOWN = re.compile(r"invalid job id|job \S+ not found", re.IGNORECASE)
 # These change what the commands print, or whom they ask about.
 _SETTINGS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_TIME_FORMAT")
 
@@ -88,11 +89,11 @@ def _asked(words: tuple[str, ...], timeout_s: float) -> str:
         raise NoSlurmError(f"no {words[0]} here: this machine has no Slurm commands on its PATH") from None
     except subprocess.TimeoutExpired:
         raise AwayError(f"{what}: no answer within {timeout_s:g} s") from None
-    said = done.stderr.decode(errors="replace").strip()
     if done.returncode == 0:
         return done.stdout.decode(errors="replace")
+    said = (done.stderr + done.stdout).decode(errors="replace").strip()  # `scontrol show job 3_9` complains on stdout
     message = f"{what}: {said or f'exit status {done.returncode}'}"
-    if "invalid job id" in said.lower():
+    if _UNKNOWN.search(said):
         raise UnknownJobError(message)
     raise AwayError(message) if _AWAY.search(said) else SlurmError(message)
 
@@ -121,8 +122,16 @@ def job_facts(job_id: str, patience_s: float = 0.0) -> JobFacts | None:
         answer = ask("scontrol", "show", "job", job_id, patience_s=patience_s)
     except UnknownJobError:
         return None
-    found = [_facts(record) for record in re.split(r"\n(?=JobId=)", answer.strip())]
-    return next((facts for facts in found if job_id in (facts.job_id, facts.number)), None)
+    return next((facts for facts in _records(answer) if job_id in (facts.job_id, facts.number)), None)
+
+
+def all_jobs() -> list[JobFacts]:
+    """Every job that slurmctld knows and this user may see."""
+    return _records(ask("scontrol", "show", "job"))
+
+
+def _records(answer: str) -> list[JobFacts]:
+    return [_facts(record) for record in re.split(r"\n(?=JobId=)", answer.strip()) if record.startswith("JobId=")]
 
 
 def _facts(record: str) -> JobFacts:

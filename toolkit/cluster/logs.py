@@ -1,0 +1,104 @@
+"""`toolkit logs`: what a rank of a run says, attempt after attempt."""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+
+from toolkit import storage
+from toolkit.cluster.monitor import View, view
+from toolkit.errors import JobError
+
+POLL_S, REMOTE_POLL_S = 0.5, 10.0
+_REST_S = 15.0  # how long a run of a scheduler must have been at rest: what squeue says may be 10 s old
+_CHUNK = 1 << 20
+
+
+def show(run: str, rank: int, attempt: int | None, onwards: bool) -> int:
+    """As `follow`, to stdout. Returns the exit status: 130 after Ctrl-C, 0 also if nobody reads any more."""
+
+    def write(content: bytes) -> None:  # past Python's buffer, which it would try to get rid of after a Ctrl-C
+        while content:
+            content = content[os.write(1, content) :]
+
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            follow(run, rank, attempt, onwards, write)
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+def follow(run: str, rank: int, attempt: int | None, onwards: bool, write: Callable[[bytes], object]) -> None:
+    """Write what a rank said in one attempt, by default the newest; `onwards`, until the run is over or, if an attempt
+    was named, until that is. Of a run that never had ranks, what the scheduler says.
+
+    Raises JobError if nothing was said, listing what was.
+    """
+    seen = view(run)
+    number, offset, rests_s = attempt, 0, None
+    while True:
+        logs = attempts_of(run, rank)
+        if number is None:
+            number = max(logs, default=None)
+        if number is None and not onwards:
+            return _scheduler_said(seen, rank, write)
+        if number in logs:
+            offset = _pass_on(logs[number], offset, write)
+        elif number is not None and not onwards:
+            raise JobError(_missing(run, rank, number))
+        if not onwards:
+            return None
+        later = [other for other in sorted(logs) if number is not None and other > number]
+        if later and attempt is not None:
+            return None
+        if later:
+            number, offset = later[0], 0
+            continue
+        if not seen.goes_on:
+            rests_s = rests_s or time.monotonic()
+            if not seen.known.job_id or seen.known.is_over or time.monotonic() - rests_s > _REST_S:
+                return None if number in logs else _scheduler_said(seen, rank, write)
+        else:
+            rests_s = None
+        time.sleep(POLL_S if storage.local_path(run) else REMOTE_POLL_S)
+        seen = view(run)
+
+
+def attempts_of(run: str, rank: int) -> dict[int, str]:
+    """The logs of a rank by attempt."""
+    return {attempt: url for attempt, its, url in _all(run) if its == rank}
+
+
+def _all(run: str) -> Iterator[tuple[int, int, str]]:
+    folder = storage.join(run, "logs")
+    for name in storage.names(folder):
+        if match := re.fullmatch(r"attempt-(\d+)-rank-(\d+)\.log", name):
+            yield int(match[1]), int(match[2]), storage.join(folder, name)
+
+
+def _pass_on(url: str, offset: int, write: Callable[[bytes], object]) -> int:
+    """Write a file from an offset on. Returns where it ended."""
+    while content := storage.read(url, offset, min(offset + _CHUNK, max(offset, storage.size(url)))):
+        write(content)
+        offset += len(content)
+    return offset
+
+
+def _scheduler_said(seen: View, rank: int, write: Callable[[bytes], object]) -> None:
+    run, log = seen.known.url, seen.known.submitted.get("log")
+    if sorted(_all(run)) or not log:
+        raise JobError(_missing(run, rank, None))
+    if not storage.exists(log):
+        raise JobError(f"{storage.shown(run)} is {seen.state} and has said nothing yet; its log will be {log}")
+    _pass_on(log, 0, write)
+
+
+def _missing(run: str, rank: int, attempt: int | None) -> str:
+    found: dict[int, list[int]] = {}
+    for number, its, _ in sorted(_all(run)):
+        found.setdefault(number, []).append(its)
+    said = "; ".join(f"attempt {number}: ranks {', '.join(map(str, ranks))}" for number, ranks in found.items())
+    what = f"no log of rank {rank}" + ("" if attempt is None else f" in attempt {attempt}")
+    return f"{storage.shown(run)} has {what}; it has {said or 'none at all: one process alone speaks on its console'}"
