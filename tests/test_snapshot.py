@@ -124,6 +124,19 @@ def test_the_same_code_is_copied_once(repository: Path, store: str) -> None:
     assert sorted(os.listdir(store)) == sorted([first.digest, other.digest])
 
 
+def test_what_git_does_not_call_a_change_is_one(repository: Path, store: str) -> None:
+    first = take(str(repository), store)
+    git(repository, "config", "core.fileMode", "false")
+    (repository / "plain.py").chmod(0o755)
+    second = take(str(repository), store)
+    git(repository, "update-index", "--assume-unchanged", "plain.py")  # as files of LFS are, expanded or not
+    (repository / "plain.py").write_text("expanded")
+    third = take(str(repository), store)
+    assert (Path(third.root) / "SNAPSHOT.diff").read_text() == ""
+    assert files(third.root)["plain.py"] == b"expanded"
+    assert len({first.root, second.root, third.root}) == 3
+
+
 def test_one_that_has_lost_a_file_is_not_used_again(repository: Path, store: str) -> None:
     first = take(str(repository), store)
     (Path(first.root) / "plain.py").unlink()
@@ -315,3 +328,8 @@ def test_a_job_runs_the_submitted_code_where_it_was_submitted(workplace: Workpla
     (attempt,) = json.loads((root / "runs/x/provenance.json").read_text())["attempts"]
     assert (attempt["git_commit"], attempt["git_diff"]) == (git(root, "rev-parse", "HEAD"), "")
     assert attempt["image_commit"] == "abc"
+
+
+def test_a_file_that_is_called_like_one_of_a_snapshot_is_no_snapshot(repository: Path) -> None:
+    (repository / "SNAPSHOT.json").write_text("[]")
+    assert source_code(str(repository))["git_commit"] == git(repository, "rev-parse", "HEAD")

@@ -15,7 +15,7 @@ def source_code(folder: str) -> dict[str, Any]:
     In a snapshot of a repository (`toolkit/cluster/snapshot.py`) they are those it was taken with.
     """
     for root in (Path(folder), *Path(folder).parents):
-        if (root / "SNAPSHOT.json").is_file():
+        if (root / "SNAPSHOT.json").is_file() and (root / "SNAPSHOT.diff").is_file():
             commit = json.loads((root / "SNAPSHOT.json").read_bytes())["commit"]
             diff = (root / "SNAPSHOT.diff").read_text(encoding="utf-8", errors="replace").strip()
             return {"git_commit": commit, "git_diff": diff[:100_000]}

@@ -12,7 +12,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -96,11 +96,10 @@ _OTHERWISE = "have the job use the files where they are: --no-snapshot"
 def _standing_still(root: str, to: str) -> tuple[_Tree, str]:
     """(the tree, the folder of its copy), once nothing has changed while it was copied."""
     for _ in range(_TRIES):
-        tree = _look(root, to)
-        _refuse(tree)
         try:
+            tree = _look(root, to)
             return tree, _copied(tree, to)
-        except _ChangedError:
+        except (_ChangedError, FileNotFoundError):
             continue
     raise JobError(f"the files of {root} change while they are copied; stop what writes there, or {_OTHERWISE}")
 
@@ -132,8 +131,11 @@ def _look(root: str, to: str) -> _Tree:
     files = {name: about for name, about in found.items() if not stat.S_ISDIR(about.st_mode)}
     modes = {name: about.st_mode for name, about in files.items()}
     sizes = {name: about.st_size for name, about in files.items()}
-    # Sizes too: a file that a filter of git's has not expanded yet (LFS) is no change to git.
-    known = json.dumps([commit, hashlib.sha256(diff).hexdigest(), sizes]).encode()
+    _refuse(root, sizes)
+    # Not of the diff alone: whether git has expanded a file (LFS) is no change to it, nor what it was told to overlook.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        contents = list(pool.map(lambda name: _content(os.path.join(root, name), modes[name]), modes))
+    known = json.dumps([commit, hashlib.sha256(diff).hexdigest(), list(modes), contents]).encode()
     digest = hashlib.sha256(known).hexdigest()[:24]
     return _Tree(root, commit, diff, modes, sizes, untracked, sorted({*found} - {*files}), digest)
 
@@ -161,19 +163,25 @@ def _existing(root: str, names: Sequence[str]) -> Iterator[tuple[str, os.stat_re
             yield name, about
 
 
-def _refuse(tree: _Tree) -> None:
-    if (total := sum(tree.sizes.values())) > MAX_BYTES:
-        largest = sorted(tree.sizes, key=lambda name: -tree.sizes[name])[:5]
-        lines = [f"\n  {tree.sizes[name] / 2**20:.1f} MiB  {_shown(name)}" for name in largest]
+def _content(path: str, mode: int) -> str:
+    """What tells a file from another one of its name."""
+    if stat.S_ISLNK(mode):
+        return "-> " + os.readlink(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() + " x" * bool(mode & stat.S_IXUSR)
+
+
+def _refuse(root: str, sizes: Mapping[str, int]) -> None:
+    if (total := sum(sizes.values())) > MAX_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        lines = [f"\n  {sizes[name] / 2**20:.1f} MiB  {_shown(name)}" for name in largest]
         raise JobError(
-            f"git tracks {total / 2**30:.2f} GiB in {tree.root}; a snapshot of the code has at most "
+            f"git tracks {total / 2**30:.2f} GiB in {root}; a snapshot of the code has at most "
             f"{MAX_BYTES / 2**30:g} GiB. The largest files:{''.join(lines)}\n"
             f"data does not belong in git: git rm --cached it and name it in .gitignore; or {_OTHERWISE}"
         )
-    if taken := sorted({ABOUT, DIFF} & tree.sizes.keys()):
-        raise JobError(
-            f"git tracks {taken[0]} in {tree.root}, a name that a snapshot needs; rename it, or {_OTHERWISE}"
-        )
+    if taken := sorted({ABOUT, DIFF} & sizes.keys()):
+        raise JobError(f"git tracks {taken[0]} in {root}, a name that a snapshot needs; rename it, or {_OTHERWISE}")
 
 
 def _copied(tree: _Tree, to: str) -> str:
@@ -190,8 +198,6 @@ def _copied(tree: _Tree, to: str) -> str:
         if _look(tree.root, to).digest != tree.digest:
             raise _ChangedError
         os.rename(part, copy)
-    except FileNotFoundError:
-        raise _ChangedError from None
     except OSError:
         if not _whole(tree, copy):  # else another has been quicker
             raise
