@@ -1,11 +1,11 @@
-"""The fault campaign on a real Slurm: whatever befalls a job, nobody types anything, and it ends as if nothing had been.
+"""The fault campaign on a real Slurm: whatever befalls a job, it ends as if nothing had been, with nothing typed.
 
     make slurm-up; python tests/campaigns/cluster.py [--only preempted]
 
-Each fault is inflicted on ranks of two nodes that wait at a known step. Afterwards the job has completed, the run is bit
-for bit one that nobody disturbed, and what was lost is at most the step in hand where there was a warning, at most the
-steps since the last checkpoint where there was none. Prints the seconds from the fault to the first new step, and exits
-with 1 if anything was not so.
+Each fault is inflicted on ranks of two nodes that wait at a known step. Afterwards the job has completed, the run is
+bit for bit one that nobody disturbed, and what was lost is at most the step in hand where there was a warning, at most
+the steps since the last checkpoint where there was none. Prints the seconds from the fault to the first new step, and
+exits with 1 if anything was not so.
 """
 # ruff: noqa: E402 - a script finds what it shares with the tests only once it has said where that is
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from toolkit.cluster.agent import SUPERVISOR, TOKEN
 from toolkit.cluster.containers import additions, handed_in, wrapped
 from toolkit.cluster.partitions import Asked
 from toolkit.cluster.profile import Container, Profile
@@ -55,7 +56,13 @@ class Plan:
 
     def additions(self, environment: Mapping[str, str]) -> dict[str, str]:
         """What srun's environment needs besides, for the container to have what it must of it."""
-        return additions(self.container, environment, handed_in(environment)) if self.container else {}
+        return additions(self.container, environment, self.handed_in(environment)) if self.container else {}
+
+    def handed_in(self, environment: Mapping[str, str]) -> list[str]:
+        """The variables that a container gets from outside: ours, the profile's, those that the job names."""
+        written = " ".join(self.job._written.values())
+        named = re.findall(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)", written)
+        return sorted({*handed_in([*environment, SUPERVISOR, TOKEN]), *self.profile.env, *named})
 
     @property
     def container(self) -> Container | None:
@@ -127,7 +134,7 @@ class Plan:
         agent = [sys.executable, "-m", AGENT]
         if self.container and self.image:
             agent[0] = self.container.python
-            names = handed_in(environment)
+            names = self.handed_in(environment)
             more, agent = wrapped(agent, self.container, self.image, binds, names, cwd, self.gpus > 0)
             words += more
         return [*words, *agent]

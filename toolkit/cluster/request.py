@@ -10,12 +10,15 @@ from typing import Any
 from toolkit import storage
 from toolkit.cluster import sweep
 from toolkit.cluster.batch import supervise
+from toolkit.cluster.logs import show
+from toolkit.cluster.monitor import view
 from toolkit.cluster.plan import Nodes, Plan
 from toolkit.cluster.profile import Profile, load_profile
 from toolkit.cluster.submit import Submission, check, dry_run, folder_for, submit
 from toolkit.config import Job, load_job
 from toolkit.config.text import dump
-from toolkit.errors import JobError
+from toolkit.errors import JobError, RunError
+from toolkit.run import Run
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,18 @@ def submitted(request: Request, environment: Mapping[str, str], only_shown: bool
         where = storage.shown(submission.plans[0].job.run.dir)
         print(f"toolkit status {where}   toolkit logs {where} --follow   toolkit cancel {where}")
     if waits:
-        from toolkit.cluster.monitor import wait_for
-
-        return max((wait_for(plan.job.run.dir) for plan in submission.plans), default=0)
+        return max((_awaited(plan.job.run.dir) for plan in submission.plans), default=0)
     return 0
+
+
+def _awaited(run: str) -> int:
+    """Show what a run says, to its end. Returns its exit status."""
+    shown = show(run, rank=0, attempt=None, onwards=True)
+    status = Run(run).status() or {}
+    if shown or status.get("state") not in ("completed", "preempted", "cancelled"):
+        reason = status.get("reason") or "see toolkit status"
+        raise RunError(f"{storage.shown(run)} is {view(run).state}: {reason}")
+    return int(status["exit"])
 
 
 def _submission(request: Request, environment: Mapping[str, str]) -> Submission:
