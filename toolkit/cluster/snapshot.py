@@ -89,7 +89,7 @@ def take(cwd: str, to: str, write: bool = True) -> Snapshot:
     return Snapshot(copy, inside, tuple(_warnings(tree)), tree.digest, _OURS in tree.modes)
 
 
-_OURS = "toolkit/cluster/snapshot.py"
+_OURS = "toolkit/cluster/__init__.py"
 _OTHERWISE = "have the job use the files where they are: --no-snapshot"
 
 
