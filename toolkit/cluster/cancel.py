@@ -44,7 +44,7 @@ def _waits(seen: View) -> bool:
 
 def _end_now(seen: View, run: Run, waits: bool, timeout_s: float, say: Say) -> None:
     _end(seen, timeout_s)
-    lost = "cancelled while it waited" if waits else "cancelled at once: steps since the newest checkpoint are lost"
+    lost = "cancelled while it waited" if waits else "cancelled at once: what came after the newest checkpoint is lost"
     run.ended("cancelled", lost, 75)
     say(f"{storage.shown(run.url)} is cancelled")
 
