@@ -1,5 +1,6 @@
 """How failures are found and told, without any: who hangs, what a signal means, the page, the odd rank."""
 
+import json
 import os
 import signal
 import struct
@@ -10,14 +11,23 @@ from typing import Any
 import pytest
 
 from toolkit import oom, postmortem, pulse, watchdog, world
-from toolkit.attempt import Attempt
+from toolkit.attempt import Look
 from toolkit.deaths import killed
 from toolkit.errors import JobError
 from toolkit.oom import OomWatch
 from toolkit.postmortem import Failure
 from toolkit.pulse import Pulse
+from toolkit.stacks import innermost
 
 LIMITS = {"start": 100.0, "step": 10.0, "evaluation": 20.0, "save": 30.0}
+
+
+def overdue(folder: Path, processes: int, since_s: float) -> list[int]:
+    """Who is late of the ranks in a folder."""
+    notes = {int(path.stem[5:]): json.loads(path.read_text()) for path in folder.glob("rank-*.json")}
+    found = {rank: pulse.read(str(folder / f"rank-{rank}.pulse")) for rank in notes}
+    beats = {rank: beat for rank, beat in found.items() if beat}
+    return watchdog.overdue(Look(notes, beats), processes, LIMITS, since_s)
 
 
 def beat(folder: Path, rank: int, phase: str, step: int, ago_s: float) -> None:
@@ -29,42 +39,38 @@ def beat(folder: Path, rank: int, phase: str, step: int, ago_s: float) -> None:
 
 @pytest.mark.parametrize(("phase", "limit_s"), LIMITS.items())
 def test_each_phase_has_a_limit_of_its_own(tmp_path: Path, phase: str, limit_s: float) -> None:
-    attempt = Attempt(tmp_path, 2)
     beat(tmp_path, 0, phase, 7, limit_s - 5)
     beat(tmp_path, 1, phase, 7, limit_s + 0.1)
-    assert watchdog.overdue(attempt, LIMITS, 0) == [1]
+    assert overdue(tmp_path, 2, 0) == [1]
 
 
 def test_a_rank_that_never_came_is_overdue_after_the_limit_of_the_start(tmp_path: Path) -> None:
-    attempt = Attempt(tmp_path, 2)
     beat(tmp_path, 0, "start", 0, 1)
-    assert watchdog.overdue(attempt, LIMITS, time.monotonic() - 99) == []
-    assert watchdog.overdue(attempt, LIMITS, time.monotonic() - 101) == [1]
+    assert overdue(tmp_path, 2, time.monotonic() - 99) == []
+    assert overdue(tmp_path, 2, time.monotonic() - 101) == [1]
 
 
 def test_a_rank_that_waits_for_one_in_a_longer_phase_is_not_late(tmp_path: Path) -> None:
-    attempt = Attempt(tmp_path, 2)
     beat(tmp_path, 0, "save", 7, 25)
     beat(tmp_path, 1, "step", 7, 24)
-    assert watchdog.overdue(attempt, LIMITS, 0) == []
+    assert overdue(tmp_path, 2, 0) == []
     beat(tmp_path, 0, "save", 7, 31)
-    assert watchdog.overdue(attempt, LIMITS, 0) == [0, 1]
+    assert overdue(tmp_path, 2, 0) == [0, 1]
     beat(tmp_path, 0, "save", 7, 1)
-    assert watchdog.overdue(attempt, LIMITS, 0) == [1]
+    assert overdue(tmp_path, 2, 0) == [1]
 
 
 def test_nobody_is_late_for_what_passed_while_the_supervisor_stood_still_too(tmp_path: Path) -> None:
-    attempt = Attempt(tmp_path, 2)
     beat(tmp_path, 0, "step", 7, 1000)
     beat(tmp_path, 1, "step", 7, 1000)
-    assert watchdog.overdue(attempt, LIMITS, time.monotonic() - 9) == []
-    assert watchdog.overdue(attempt, LIMITS, time.monotonic() - 11) == [0, 1]
+    assert overdue(tmp_path, 2, time.monotonic() - 9) == []
+    assert overdue(tmp_path, 2, time.monotonic() - 11) == [0, 1]
 
 
 def test_a_rank_that_has_left_its_last_word_is_not_overdue(tmp_path: Path) -> None:
     beat(tmp_path, 0, "step", 7, 1000)
     (tmp_path / "rank-0.json").write_text('{"pid": 1, "exit": 0, "message": ""}')
-    assert watchdog.overdue(Attempt(tmp_path, 1), LIMITS, time.monotonic()) == []
+    assert overdue(tmp_path, 1, time.monotonic()) == []
 
 
 def test_where_a_rank_is_is_the_innermost_line_of_its_main_thread(tmp_path: Path) -> None:
@@ -81,8 +87,8 @@ def test_where_a_rank_is_is_the_innermost_line_of_its_main_thread(tmp_path: Path
         "Current thread 0x03 (most recent call first):\n"
         '  File "queue.py", line 9 in get\n'
     )
-    assert watchdog.innermost(stacks) == '"mine.py", line 20 in forward'
-    assert watchdog.innermost(tmp_path / "none") == ""
+    assert innermost(stacks) == '"mine.py", line 20 in forward'
+    assert innermost(tmp_path / "none") == ""
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "toolkit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import those after the colon, and itself. Whoever wants more must change the design first.
-LEAVES = {"errors", "randomness", "secret", "pulse"}
+LEAVES = {"errors", "randomness", "secret", "pulse", "process"}
 MAY_IMPORT = {
     "errors": set(),
     "randomness": set(),
@@ -50,18 +50,25 @@ MAY_IMPORT = {
     "inspection": LEAVES | {"storage", "config", "run", "lock", "checkpoint", "persistence"},
     "fork": LEAVES | {"storage", "config", "run", "checkpoint", "persistence"},
     "proof": LEAVES | {"storage", "config", "run", "checkpoint"},
-    "attempt": LEAVES | {"signals"},
+    "process": set(),
+    "rank": LEAVES | {"signals"},
+    "attempt": LEAVES,
+    "stacks": LEAVES | {"attempt", "rank"},
+    "node": LEAVES | {"attempt", "rank", "stacks", "oom", "signals"},
+    "logs": LEAVES | {"storage", "run"},
     "oom": LEAVES,
     "deaths": LEAVES,
-    "watchdog": LEAVES | {"attempt"},
+    "watchdog": LEAVES | {"attempt", "stacks"},
     "postmortem": LEAVES | {"storage", "run", "oom", "deaths"},
     "evaluation": LEAVES | {"storage", "config", "distributed", "persistence", "session"},
     "notebook": LEAVES | {"config", "run"},
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
     "supervisor": LEAVES
-    | {"run", "lock", "storage", "config", "signals", "attempt", "watchdog", "postmortem", "oom"}
-    | {"deaths"},
-    "cluster": LEAVES | {"storage", "config", "run", "lock", "signals", "attempt", "provenance", "supervisor"},
+    | {"run", "lock", "storage", "config", "signals", "attempt", "node", "stacks", "logs"}
+    | {"watchdog", "postmortem", "deaths"},
+    "cluster": LEAVES
+    | {"storage", "config", "run", "lock", "provenance", "signals"}
+    | {"attempt", "node", "postmortem", "supervisor"},
 }
 ROOTS = {"session", "cli", "__init__", "__main__"}
 DOORS = {

@@ -14,6 +14,7 @@ import pytest
 from toolkit import lock, storage
 from toolkit.config import Job
 from toolkit.errors import JobError, RunError
+from toolkit.provenance import source_code
 from toolkit.run import MAY_CHANGE, SAVE_NOW, STOP, Run, changed, digest, fresh_url
 
 pytestmark = pytest.mark.timeout(60)
@@ -255,7 +256,7 @@ def test_who_was_taken_over_tells_nothing_any_more(tmp_path: Path, opened: Opens
 
 def test_a_run_whose_rank_is_gone_can_be_marked_as_failed(url: str, opened: Opens) -> None:
     opened(url).set_status("running", step=3)
-    Run(url).ended("failed", "rank 1 was killed", 1)
+    Run(url).mark("failed", reason="rank 1 was killed", exit=1)
     status = Run(url).status()
     assert [status[key] for key in ("state", "step", "reason", "exit")] == ["failed", 3, "rank 1 was killed", 1]
 
@@ -379,25 +380,21 @@ def test_a_run_begins_from_another_with_its_metrics_up_to_there(url: str, opened
     ],
 )
 def test_a_secret_on_the_command_line_is_not_stored_and_the_rest_is(
-    tmp_path: Path, opened: Opens, monkeypatch: pytest.MonkeyPatch, word: str, kept: str
+    tmp_path: Path, opened: Opens, word: str, kept: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # outside of any repository, whose diff is stored too
     opened(str(tmp_path / "run"), "train", "job.yaml", word)
     text = (tmp_path / "run" / "provenance.json").read_text()
     assert "hunter2" not in text
     assert json.loads(text)["attempts"][0]["command"] == ["train", "job.yaml", kept]
 
 
-def test_the_commit_and_what_was_not_committed_are_stored(
-    tmp_path: Path, opened: Opens, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_commit_and_what_was_not_committed_are_stored(tmp_path: Path, opened: Opens) -> None:
     (tmp_path / "code.py").write_text("before = 1\n")
     as_someone = ["git", "-c", "user.name=someone", "-c", "user.email=someone@example.org"]
     for words in (["init", "-q"], ["add", "code.py"], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*as_someone, *words], check=True, capture_output=True)
+        subprocess.run([*as_someone, *words], cwd=tmp_path, check=True, capture_output=True)
     (tmp_path / "code.py").write_text("after = 2\n")
-    opened(str(tmp_path / "run"))
+    opened(str(tmp_path / "run"), **source_code(str(tmp_path)))
     (attempt,) = json.loads((tmp_path / "run" / "provenance.json").read_text())["attempts"]
     assert len(attempt["git_commit"]) == 40
     assert "-before = 1\n+after = 2" in attempt["git_diff"]

@@ -86,6 +86,68 @@ def _train_as_rank(config: Job) -> int:
     return 0 if result.state == "completed" else 75
 
 
+class Executor(StrEnum):
+    """Who `toolkit submit` hands a job to."""
+
+    SLURM = "slurm"
+    LOCAL = "local"
+
+
+ClusterFile = Annotated[str, typer.Option(metavar="FILE", help="cluster profile, such as slurm/testbed.yaml")]
+NodeCount = Annotated[str, typer.Option(metavar="N|MIN:MAX", help="nodes; of a range as many as there are")]
+Image = Annotated[str, typer.Option(metavar="IMAGE", help="container image that the ranks run in")]
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    overrides: Overrides = None,
+    cluster: ClusterFile = "",
+    executor: Annotated[Executor, typer.Option(help="Slurm, or this machine, in the background")] = Executor.SLURM,
+    nodes: NodeCount = "1",
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="and as many ranks; over the profile's")] = None,
+    partition: Annotated[str, typer.Option(help="over the profile's, as are those that follow")] = "",
+    account: Annotated[str, typer.Option(help="who pays")] = "",
+    qos: Annotated[str, typer.Option(help="quality of service")] = "",
+    time: Annotated[
+        int | None, typer.Option(metavar="MIN", min=1, help="minutes until it is saved and requeued")
+    ] = None,
+    container: Image = "",
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B,C", help="a run for each value; repeated: for each pair")
+    ] = None,
+    max_parallel: Annotated[int | None, typer.Option(min=1, help="runs of a sweep at a time")] = None,
+    snapshot: Annotated[bool, typer.Option(help="set the code aside, as it is now")] = True,
+    wait: Annotated[bool, typer.Option("--wait", help="show its log, and end as it ends")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script and commands; write nothing")] = False,
+    debug: Debug = False,
+) -> None:
+    """Hand a job to Slurm, or to this machine in the background; it survives whatever ends it, and resumes."""
+    from toolkit.cluster.request import Request, submitted
+
+    asked = {"gpus_per_node": gpus_per_node, "partition": partition, "account": account, "qos": qos, "time_min": time}
+    request = Request(
+        job, list(overrides or []), cluster, executor.value, nodes, asked, container, list(sweep or []), max_parallel,
+        snapshot,
+    )  # fmt: skip
+    raise typer.Exit(submitted(request, os.environ, dry_run, wait))
+
+
+@app.command()
+def supervise(
+    job: JobFile,
+    overrides: Overrides = None,
+    cluster: ClusterFile = "",
+    nodes: NodeCount = "",
+    container: Image = "",
+    debug: Debug = False,
+) -> None:
+    """Inside a Slurm job (sbatch, salloc): run a job's ranks over its nodes, watch them, have the job queued again."""
+    from toolkit.cluster.request import supervised
+
+    raise typer.Exit(supervised(job, list(overrides or []), cluster, nodes, container, os.environ))
+
+
 @app.command()
 def evaluate(
     run: RunUrl,
@@ -252,15 +314,15 @@ def _options(
 
 def main() -> None:
     """The `toolkit` command: errors become one block on stderr and an exit status."""
-    sys.path.insert(0, os.getcwd())  # the user's own components are found from here
+    sys.path.insert(0, os.environ.get("TOOLKIT_CODE") or os.getcwd())  # the user's own components are found from here
     watched = "TOOLKIT_ATTEMPT_DIR" in os.environ  # a rank of our supervisor, which `--help` need not import
     if watched:
-        from toolkit import attempt
+        from toolkit import rank as note
 
-        attempt.enter_rank(os.environ)
+        note.enter(os.environ)
     status, message, rank = _run()
     if watched:
-        status = attempt.leave_rank(os.environ, status, message, rank)
+        status = note.leave(os.environ, status, message, rank)
     elif message:
         print(message, file=sys.stderr)
     _exit(status)

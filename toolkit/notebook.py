@@ -22,8 +22,8 @@ from toolkit.run import Run
 # If the notebook goes, its training is stopped as by SIGTERM: with everything saved.
 _COMMAND = """
 import signal, sys
-from toolkit import attempt, cli
-attempt.die_with_parent({parent}, signal.SIGTERM)
+from toolkit import cli, process
+process.die_with_parent({parent}, signal.SIGTERM)
 sys.argv[0] = "toolkit"
 cli.main()
 """

@@ -31,6 +31,7 @@ class Failure:
     rank: int | None = None
     host: str = field(default_factory=socket.gethostname)
     exit: int = 1
+    blames_host: bool = False  # whether another machine might have been spared it
     pulses: Mapping[int, Pulse] = field(default_factory=dict)  # the last heartbeats of all, if known
 
     @property

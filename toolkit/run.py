@@ -16,7 +16,7 @@ from toolkit import pulse, storage
 from toolkit.errors import JobError
 from toolkit.journal import Journal
 from toolkit.lock import Lock
-from toolkit.provenance import packages, source_code, without_secrets
+from toolkit.provenance import packages, without_secrets
 
 # What may differ between two starts of one run. All else makes another run, whatever it is called.
 MAY_CHANGE = {
@@ -29,7 +29,7 @@ MAY_CHANGE = {
 # Of what is known of a process, what tells it from others.
 WHO = ("host", "pid", "pid_namespace", "boot_id", "slurm_job_id", "slurm_restart_count")
 
-# Requests for a checkpoint, for an end as by SIGTERM, and for one after which no scheduler starts the run again.
+# Requests: for a checkpoint, for an end as by SIGTERM, and for one after which no scheduler starts the run again.
 SAVE_NOW, STOP, CANCEL = "save-now", "stop", "cancel"
 COMPLETE = "This run is complete: raise train.epochs to go on, or start over with --fresh."
 
@@ -104,10 +104,7 @@ class Run:
             provenance |= {
                 "job": job,
                 "resolved": dict(resolved),
-                "attempts": [
-                    *provenance["attempts"],
-                    start | dict(machine) | source_code() | {"packages": packages()},
-                ],
+                "attempts": [*provenance["attempts"], start | dict(machine) | {"packages": packages()}],
             }
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
@@ -177,10 +174,11 @@ class Run:
         with self._storing:
             storage.write(self.at("status.json"), _text(self._status))
 
-    def ended(self, state: str, reason: str, exit_status: int) -> None:
-        """Write how a run has ended whose own rank 0 no longer can."""
+    def mark(self, state: str, **values: Any) -> None:
+        """Change status.json for a run whose own rank 0 cannot: not yet, or no longer."""
         self._status = self.status() or {}
-        self.set_status(state, reason=reason, exit=exit_status)
+        self._status |= {"state": state, **values}
+        storage.write(self.at("status.json"), _text(self._status))
 
     def newest_checkpoint(self) -> int | None:
         """The step of the newest checkpoint that has a manifest, whatever its files are like."""

@@ -5,25 +5,27 @@ starts them again from the newest checkpoint. Never imports torch.
 import contextlib
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
-from toolkit import attempt as attempts
-from toolkit import postmortem, storage, watchdog
-from toolkit.attempt import Attempt
+from toolkit import node, postmortem, storage, watchdog
+from toolkit.attempt import Attempt, Look
 from toolkit.config import Job
 from toolkit.deaths import killed
 from toolkit.errors import JobError
 from toolkit.lock import holder_of, newest_claim
-from toolkit.oom import OomWatch
+from toolkit.logs import KeptLogs
 from toolkit.postmortem import AGAIN, Failure
+from toolkit.process import be_subreaper
 from toolkit.pulse import Pulse
 from toolkit.run import CANCEL, COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
+from toolkit.stacks import STOPPED
 
 _POLL_S = 0.1
 _SUSPENDED_S = 5.0  # between two looks, if all of this has stood still: nobody is late for that
@@ -31,15 +33,17 @@ _WELL = (0, 75)
 
 
 def supervise(job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
-    """Run `toolkit WORDS` on that many ranks and return the run's exit status. No process of it is left behind."""
+    """Run `toolkit WORDS` on that many ranks of this machine and return the run's exit status. No process of it is left
+    behind.
+    """
     job.check_ranks(processes)
     if done := Run(job.run.dir).completed(job.as_written()):
         print(f"{done['summary']}\n{COMPLETE}")
         return 0
     signals = StopSignals(at_second_interrupt=_interrupt).listen()
-    attempts.be_subreaper()
+    be_subreaper()
     try:
-        return Supervisor(job, words, processes, environment, signals).run()
+        return Supervisor(job, words, environment, signals, Here(processes)).run()
     except KeyboardInterrupt:
         print(f"left at once; what came after the newest checkpoint is lost; {AGAIN}", file=sys.stderr)
         return 1
@@ -48,6 +52,36 @@ def supervise(job: Job, words: Sequence[str], processes: int, environment: Mappi
 def _interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a third one must not break off the end of the ranks
     raise KeyboardInterrupt
+
+
+class Stopping(Protocol):
+    """Whether this start of the run is to stop, and the signal that tells the ranks so."""
+
+    @property
+    def received(self) -> signal.Signals | None: ...
+
+
+class Place(Protocol):
+    """Where ranks can be started: this machine, or what a scheduler has given."""
+
+    def attempt(self, folder: Path) -> Attempt:
+        """A start of all ranks, to be made."""
+
+    def after(self, failure: Failure) -> str:
+        """Draw the consequences of a failure. Returns why there can be no other start here, or nothing."""
+
+
+class Here:
+    """This machine, which is as good as before after each failure."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+
+    def attempt(self, folder: Path) -> Attempt:
+        return node.Node(folder, self.processes)
+
+    def after(self, failure: Failure) -> str:
+        return ""
 
 
 class Outcome(NamedTuple):
@@ -66,18 +100,18 @@ class _LastWords:
     def __init__(self) -> None:
         self.failed_s = self.complete_s = self.ended_s = float("inf")
 
-    def are_final(self, attempt: Attempt, ended: bool) -> bool:
-        """Whether nothing better is to be waited for. `ended`: torchrun has."""
-        now_s, notes = time.monotonic(), attempt.notes()
-        exits = [note["exit"] for note in notes.values() if "exit" in note]
+    def are_final(self, look: Look, processes: int) -> bool:
+        """Whether nothing better is to be waited for."""
+        now_s = time.monotonic()
+        exits = [note["exit"] for note in look.notes.values() if "exit" in note]
         if any(status not in _WELL for status in exits):
             self.failed_s = min(self.failed_s, now_s)
-        if len(exits) == attempt.processes:
+        if len(exits) == processes:
             self.complete_s = min(self.complete_s, now_s)
-        if ended:
+        if look.ended:
             self.ended_s = min(self.ended_s, now_s)
         return (
-            (ended and len(exits) == len(notes))
+            (look.ended and len(exits) == len(look.notes))
             or now_s - self.failed_s > self.GRACE_S
             or now_s - self.complete_s > self.LEAVING_S
             or now_s - self.ended_s > self.DYING_S
@@ -93,14 +127,14 @@ class Supervisor:
     """Attempt after attempt, until one ends well, or fails in a way that another start would not mend."""
 
     def __init__(
-        self, job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str], signals: StopSignals
+        self, job: Job, words: Sequence[str], environment: Mapping[str, str], stopping: Stopping, place: Place
     ) -> None:
-        self.words, self.processes, self.environment, self.signals = words, processes, environment, signals
+        self.words, self.environment, self.stopping, self.place = words, environment, stopping, place
         self.directory = Run(job.run.dir)
         self.limits = {name.removesuffix("_s"): limit for name, limit in job.launch.limits.model_dump().items()}
         self.max_restarts = job.launch.max_restarts
         self.restarts = 0  # since the newest checkpoint
-        self.undead: list[int] = []  # processes of the last attempt that cannot be killed
+        self.undead: list[str] = []  # what of the last attempt cannot be killed
         self.saved_step: int | None = None
         self.earlier: Failure | None = None
         self.failed_s: float | None = None  # when the last attempt failed, until the next has taken a step
@@ -109,9 +143,8 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit status of the whole."""
         while True:
-            with attempts.new_folder() as folder:
-                attempt = Attempt(folder, self.processes)
-                outcome, goes_on = self._attempted(attempt)
+            with node.new_folder() as folder:
+                outcome, goes_on = self._attempted(self.place.attempt(folder))
             if outcome.message:  # of the command, an error only if it ends with it
                 print(outcome.message, file=sys.stdout if goes_on else sys.stderr, flush=True)
             if not goes_on:
@@ -120,55 +153,54 @@ class Supervisor:
     def _attempted(self, attempt: Attempt) -> tuple[Outcome, bool]:
         """(how one attempt ended, whether to start another)."""
         before = newest_claim(self.directory.at("lock"))
+        logs = KeptLogs(self.directory, attempt.folder)
         try:
             attempt.start(self.words, self.environment)
-            outcome = self._watched(attempt)
+            outcome = self._watched(attempt, logs, before)
         finally:
             self.undead = attempt.end()
-        outcome = outcome or _in_words(attempt)
+        look = attempt.look()
+        outcome = outcome or _in_words(attempt, look)
         number: int | None = (int(before["attempt"]) if before else 0) + 1  # unless the store says otherwise
         with _complained():
-            number = self._number(attempt, before)
+            number = self._number(look, before)
         if number is not None and outcome.status != 2:
-            self._keep_logs(attempt, number)
+            logs.finish(number)
         if outcome.failure is None or number is None:  # or the run is another's by now
             return outcome, False
-        return self._recorded(attempt, number, outcome.failure)
+        return self._recorded(attempt, look, number, outcome.failure)
 
-    def _watched(self, attempt: Attempt) -> Outcome | None:
+    def _watched(self, attempt: Attempt, logs: KeptLogs, before: Mapping[str, Any] | None) -> Outcome | None:
         """Until the ranks have said how they ended, or one has died without a word or hangs; then how.
 
         A stop request is passed on once to every rank.
         """
-        told, memory, words = set[int](), OomWatch(), _LastWords()
+        words, told = _LastWords(), False
         looked_s = since_s = time.monotonic()
         while True:
             since_s = since_s if time.monotonic() - looked_s < _SUSPENDED_S else time.monotonic()
             looked_s = time.monotonic()
-            ended = attempt.torchrun.poll() is not None  # before looking at the ranks, whose last words may come now
-            notes = attempt.notes()
-            memory.look(note["pid"] for note in notes.values())
-            if self.signals.received:
-                for rank in notes.keys() - told:
-                    attempt.signal(rank, self.signals.received)
-                    told.add(rank)
-            final = words.are_final(attempt, ended)
-            if dead := attempt.silently_gone():
-                death = _death(attempt, dead[0], memory)
+            look = attempt.look()
+            if self.stopping.received and not told:
+                attempt.stop(self.stopping.received)
+                told = True
+            final = words.are_final(look, attempt.processes)
+            if look.lost and not final:
+                return _lost(look)
+            if look.gone:
+                death = _death(attempt, look)
                 return None if words.explain(death) else death
             if final:
                 return None
-            if watchdog.overdue(attempt, self.limits, since_s):
-                return _hang(watchdog.examine(attempt, self.limits, since_s))
-            self._report_first_step(attempt)
-            if ended:
-                time.sleep(_POLL_S)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                attempt.torchrun.wait(_POLL_S)
+            if watchdog.overdue(look, attempt.processes, self.limits, since_s):
+                return _hang(watchdog.examine(attempt, look, self.limits, since_s), look)
+            self._report_first_step(look)
+            logs.keep(partial(self._claimed, look))
+            time.sleep(_POLL_S)
 
-    def _report_first_step(self, attempt: Attempt) -> None:
+    def _report_first_step(self, look: Look) -> None:
         """After a restart: say for how long the failure has kept the run from going on."""
-        beat = attempt.pulses().get(0)
+        beat = look.pulses.get(0)
         if self.failed_s is None or beat is None or beat.phase == "start":
             return
         if self.resumed_step is None:
@@ -177,21 +209,21 @@ class Supervisor:
             print(f"the first new step came {time.monotonic() - self.failed_s:.1f} s after the failure", flush=True)
             self.failed_s = None
 
-    def _number(self, attempt: Attempt, before: Mapping[str, Any] | None) -> int | None:
+    def _number(self, look: Look, before: Mapping[str, Any] | None) -> int | None:
         """The number of this attempt among the run's; None if the run is somebody else's now, or was meanwhile."""
-        claim, leader = newest_claim(self.directory.at("lock")), attempt.notes().get(0)
+        claim = newest_claim(self.directory.at("lock"))
         latest = int(claim["attempt"]) if claim else 0
         if latest == (before or {"attempt": 0})["attempt"]:  # it came to nothing before it could claim the run
             return None if holder_of(self.directory.at("lock")) else latest + 1
-        return latest if claim and leader and claim["pid"] == leader["pid"] else None
+        return self._claimed(look)
 
-    def _keep_logs(self, attempt: Attempt, number: int) -> None:
-        for path in sorted([*attempt.folder.glob("*.log"), *attempt.folder.glob("nccl-trace-*")]):
-            if content := path.read_bytes():
-                with _complained():
-                    storage.write(self.directory.at("logs", f"attempt-{number}-{path.name}"), content, durable=False)
+    def _claimed(self, look: Look) -> int | None:
+        """The number under which this attempt holds the run, or None."""
+        claim, leader = newest_claim(self.directory.at("lock")), look.notes.get(0)
+        ours = claim and leader and (claim["pid"], claim["host"]) == (leader["pid"], leader["host"])
+        return int(claim["attempt"]) if claim and ours else None
 
-    def _recorded(self, attempt: Attempt, number: int, failure: Failure) -> tuple[Outcome, bool]:
+    def _recorded(self, attempt: Attempt, look: Look, number: int, failure: Failure) -> tuple[Outcome, bool]:
         """Write the page and the status of a failure, and decide whether to go on."""
         saved_step: int | None = None
         with _complained():
@@ -200,10 +232,10 @@ class Supervisor:
         log = attempt.folder / ("torchrun.log" if failure.rank is None else f"rank-{failure.rank}.log")
         text = log.read_text(errors="replace") if log.exists() else ""
         with _complained():
-            known = replace(failure, pulses=failure.pulses or attempt.pulses())
+            known = replace(failure, pulses=failure.pulses or look.pulses)
             postmortem.write(self.directory, postmortem.page(known, number, text, saved_step, then))
             if (self.directory.status() or {"state": "failed"})["state"] in ("running", "failed"):
-                self.directory.ended("failed", failure.line, failure.exit)
+                self.directory.mark("failed", reason=failure.line, exit=failure.exit)
         self.earlier, self.saved_step, self.failed_s, self.resumed_step = failure, saved_step, time.monotonic(), None
         where = storage.shown(self.directory.at("postmortem.md"))
         return Outcome(failure.exit, f"{failure.line}\n{then}; more in {where}", failure), goes_on
@@ -212,11 +244,14 @@ class Supervisor:
         """(whether to start again, words on what is done)."""
         progress = self.earlier is None or saved_step != self.saved_step
         self.restarts = 0 if progress else self.restarts
+        unfit = self.place.after(failure)
         if self.undead:
-            pids = ", ".join(map(str, self.undead))
-            return False, f"not started again: {pids} cannot be killed, and wait for a disk or device of this machine"
-        if self.signals.wanted() or self._stop_requested():
+            left = ", ".join(self.undead)
+            return False, f"not started again: {left} cannot be killed, and waits for a disk or device there"
+        if self.stopping.received or self._stop_requested():
             return False, "not started again, for a stop was asked for"
+        if unfit:
+            return False, f"not started again here: {unfit}"
         if not progress and failure.comes_back(self.earlier):
             return False, "not started again: the same failure has come back with no new checkpoint in between"
         if self.restarts == self.max_restarts:
@@ -231,9 +266,9 @@ class Supervisor:
         return False
 
 
-def _in_words(attempt: Attempt) -> Outcome:
+def _in_words(attempt: Attempt, look: Look) -> Outcome:
     """How an attempt ended whose ranks have all said so; of those that failed, the first."""
-    notes = attempt.notes()
+    notes = look.notes
     failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note.get("exit", 0) not in _WELL)
     if failed:
         rank = failed[0][1]
@@ -242,40 +277,49 @@ def _in_words(attempt: Attempt) -> Outcome:
             return Outcome(2, message)
         if notes[rank]["blamed"] is not None:  # all say the same, at the same moment
             rank = notes[rank]["blamed"]
-        beat = attempt.pulses().get(rank, Pulse())
+        beat = look.pulses.get(rank, Pulse())
         kind = re.sub(r"\d+", "N", postmortem.first_line(message))  # a pid is another each time
-        return _failed(Failure(f"rank {rank}:", kind, message, f"mend it; {AGAIN}", beat, rank))
+        return _failed(Failure(f"rank {rank}:", kind, message, f"mend it; {AGAIN}", beat, rank, look.host(rank)))
     if len(notes) < attempt.processes:
         said = attempt.said_by_torchrun()[-2000:]
         cause = f"only {len(notes)} of {attempt.processes} ranks started; torchrun said:\n{said}"
         return _failed(Failure("torchrun:", "start", cause, "see what it said", Pulse()))
     if mute := [rank for rank, note in notes.items() if "exit" not in note]:
-        cause = f"has ended with status {attempt.torchrun.poll()}, and rank {mute[0]} has not, nor said why"
+        cause = f"has ended with status {look.torchruns}, and rank {mute[0]} has not, nor said why"
         return _failed(Failure("torchrun", "end", cause, AGAIN, Pulse()))
     return Outcome(max(note["exit"] for note in notes.values()))
 
 
-def _death(attempt: Attempt, rank: int, memory: OomWatch) -> Outcome:
+def _death(attempt: Attempt, look: Look) -> Outcome:
     """A rank is dead and has left no word; or torchrun is, and the ranks have followed it."""
-    number, pid = attempt.signal_that_killed(rank), attempt.notes()[rank]["pid"]
-    ended = attempt.torchrun.poll()
-    if ended is not None and ended < 0:
-        kind, cause, remedy = killed(-ended, memory.verdict(attempt.torchrun.pid))
-        return _failed(Failure(f"torchrun (pid {attempt.torchrun.pid})", kind, cause, remedy, Pulse()))
-    beat = attempt.pulses().get(rank, Pulse())
-    kind, cause, remedy = killed(number, memory.verdict(pid) if number in (None, signal.SIGKILL) else None)
-    return _failed(Failure(f"rank {rank} (pid {pid})", kind, cause, remedy, beat, rank))
+    rank = look.gone[0]
+    death, host = attempt.death(rank), look.host(rank)
+    kind, cause, remedy = killed(death.signal, death.evidence)
+    if death.torchrun:
+        who, beat = f"torchrun (pid {death.torchrun})", Pulse()
+    else:
+        who, beat = f"rank {rank} (pid {look.notes[rank]['pid']})", look.pulses.get(rank, Pulse())
+    blamed = None if death.torchrun else rank
+    return _failed(Failure(who, kind, cause, remedy, beat, blamed, host, blames_host=not death.evidence))
 
 
-def _hang(hang: watchdog.Hang) -> Outcome:
+def _lost(look: Look) -> Outcome:
+    """A node is out of sight, with all its ranks."""
+    host, cause = next(iter(look.lost.items()))
+    beat = max(look.pulses.values(), key=lambda beat: beat.step, default=Pulse())
+    remedy = f"if that was not you: ask the cluster's staff about node {host}; {AGAIN}"
+    return _failed(Failure(f"node {host}", f"node {host}", cause, remedy, beat, None, host, blames_host=True))
+
+
+def _hang(hang: watchdog.Hang, look: Look) -> Outcome:
     phase = hang.pulse.phase
     cause = f"gave no sign of life for {hang.silent_s:.1f} s in phase {phase}, whose limit is {hang.limit_s:g} s: "
     cause += f"it is {hang.state}" + (f", at {hang.where}" if hang.where else "")
     remedy = f"read logs/*-stacks.log; if all is well and it only takes longer, raise launch.limits.{phase}_s"
-    if hang.state == "stopped":
+    if hang.state == STOPPED:
         remedy = "somebody has stopped it (SIGSTOP, a debugger, a suspended machine); " + AGAIN
-    who, kind = f"rank {hang.rank}", f"hang in {phase}"
-    return _failed(Failure(who, kind, cause, remedy, hang.pulse, hang.rank, pulses=hang.pulses))
+    who, kind, host = f"rank {hang.rank}", f"hang in {phase}", look.host(hang.rank)
+    return _failed(Failure(who, kind, cause, remedy, hang.pulse, hang.rank, host, pulses=hang.pulses, blames_host=True))
 
 
 def _failed(failure: Failure) -> Outcome:

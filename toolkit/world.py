@@ -16,17 +16,18 @@ from toolkit import distributed
 from toolkit.errors import JobError
 from toolkit.provenance import source_code
 
-MUST_AGREE = ("toolkit", "git commit", "changes since", "image", "python", "torch", "cuda", "threads")
+MUST_AGREE = ("toolkit", "git commit", "changes since", "image", "image commit", "python", "torch", "cuda", "threads")
 
 
 def meet() -> dict[str, Any]:
-    """Compare all ranks, once at the start. Returns what is worth knowing of this machine, and every rank's host.
+    """Compare all ranks, once at the start. Returns what is worth knowing of this machine and code, and all hosts.
 
     Raises JobError on every rank that names the odd one, with what it has and what the others have.
     """
     mine = describe()
-    code = source_code()
+    code = source_code(os.environ.get("TOOLKIT_CODE") or os.getcwd())
     told = {key: mine[key] for key in ("host", "image", "torch", "cuda", "threads")} | {
+        "image commit": mine["image_commit"],
         "toolkit": toolkit.__version__,
         "python": platform.python_version(),
         "git commit": code.get("git_commit"),
@@ -34,7 +35,7 @@ def meet() -> dict[str, Any]:
     }
     found = distributed.gathered(told)
     refuse_odd(found)
-    return mine | {"hosts": [rank["host"] for rank in found]}
+    return mine | code | {"hosts": [rank["host"] for rank in found]}
 
 
 def refuse_odd(found: Sequence[Mapping[str, Any]]) -> None:
@@ -64,6 +65,7 @@ def describe() -> dict[str, Any]:
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "slurm_restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "image": os.environ.get("TOOLKIT_IMAGE") or os.environ.get("APPTAINER_CONTAINER"),
+        "image_commit": os.environ.get("TOOLKIT_IMAGE_COMMIT"),  # of the code that lies in it; a snapshot's goes before
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -114,9 +114,9 @@ def _be(
     what: tuple[Any, ...],
 ) -> None:
     """In the new process: the command, with stdout and stderr in files."""
-    from toolkit import attempt, cli
+    from toolkit import cli, process
 
-    attempt.die_with_parent()
+    process.die_with_parent()
     tempfile.tempdir = None  # to be found in this process's own environment
     multiprocessing.set_start_method("fork", force=True)  # as it is where nobody has forked anything
     for number, name in enumerate(("out", "err"), 1):

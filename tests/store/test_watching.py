@@ -27,7 +27,7 @@ def test_a_run_in_a_bucket_is_asked_to_end_and_waited_for(s3_server: S3Server) -
     def say(words: str) -> None:
         told.append(words)
         if len(told) == 1:  # what its own process would do, having seen the request
-            Run(run.url).ended("cancelled", "a cancel request in the run", 75)
+            Run(run.url).mark("cancelled", reason="a cancel request in the run", exit=75)
 
     began_s = time.monotonic()
     cancel(run.url, 60, False, say)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import psutil
 
 from toolkit import storage
-from toolkit.attempt import is_gone
 from toolkit.cluster import slurm
 from toolkit.cluster.monitor import View, local_process, view
 from toolkit.errors import RunError
+from toolkit.process import is_gone
 from toolkit.run import CANCEL, Run
 
 Say = Callable[[str], None]
@@ -45,7 +45,7 @@ def _waits(seen: View) -> bool:
 def _end_now(seen: View, run: Run, waits: bool, timeout_s: float, say: Say) -> None:
     _end(seen, timeout_s)
     lost = "cancelled while it waited" if waits else "cancelled at once: what came after the newest checkpoint is lost"
-    run.ended("cancelled", lost, 75)
+    run.mark("cancelled", reason=lost, exit=75, heartbeat=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     say(f"{storage.shown(run.url)} is cancelled")
 
 

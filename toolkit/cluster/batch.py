@@ -1,0 +1,86 @@
+"""In the batch step of a Slurm job, outside any container: the supervisor of a run over the job's nodes."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from toolkit import storage
+from toolkit.cluster import slurm
+from toolkit.cluster.allocation import Allocation
+from toolkit.cluster.deadline import Deadline
+from toolkit.cluster.plan import Plan
+from toolkit.errors import JobError
+from toolkit.process import be_subreaper
+from toolkit.run import CANCEL, COMPLETE, STOP, Run
+from toolkit.signals import StopSignals
+from toolkit.supervisor import Supervisor
+
+PATIENCE_S = 300.0  # for a slurmctld that is away when the job is to be queued again
+
+
+def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run `toolkit WORDS` on the ranks of this job's nodes, and have the job queued again if time or nodes run out.
+
+    `paths` must be seen by every node. Returns the run's exit status.
+    """
+    signals = StopSignals().listen()
+    be_subreaper()
+    job_id, run = slurm.own_job(environment), Run(plan.job.run.dir)
+    if job_id is None:
+        raise JobError("this is no Slurm job; use toolkit submit, or toolkit train for this machine")
+    if done := run.completed(plan.job.as_written()):
+        print(f"{done['summary']}\n{COMPLETE}")
+        return 0
+    deadline = Deadline(signals, partial(_ends_at_s, job_id), partial(_status, run), plan.profile.signal_lead_s)
+    hosts = slurm.expand(environment["SLURM_JOB_NODELIST"])
+    allocation = Allocation(plan, job_id, hosts, environment, _seen(plan, paths), deadline.warn)
+    status = Supervisor(plan.job, words, environment, deadline.listen(), allocation).run()
+    if (status == 75 and deadline.received and not _asked_to_end(run)) or allocation.short:
+        return _again(job_id, int(environment.get("SLURM_RESTART_COUNT", "0")))
+    return status
+
+
+def _seen(plan: Plan, paths: Sequence[str]) -> list[str]:
+    """What every node must see: the run, if it is a folder, where the job was submitted, and what it needs."""
+    local = storage.local_path(plan.job.run.dir)
+    if local:
+        os.makedirs(local, exist_ok=True)
+    return [os.path.abspath(path) for path in dict.fromkeys([*([local] if local else []), os.getcwd(), *paths])]
+
+
+def _ends_at_s(job_id: str) -> float | None:
+    try:
+        facts = slurm.job_facts(job_id)
+    except slurm.SlurmError as error:
+        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        return None
+    return facts.ends_at_s if facts else None
+
+
+def _status(run: Run) -> dict[str, Any]:
+    with suppress(OSError, JobError):
+        return run.status() or {}
+    return {}
+
+
+def _asked_to_end(run: Run) -> bool:
+    """Whether it was the user who wanted this end."""
+    with suppress(OSError):
+        state = _status(run).get("state")
+        return state == "cancelled" or any(storage.exists(run.at("requests", wish)) for wish in (STOP, CANCEL))
+    return False
+
+
+def _again(job_id: str, restarts: int) -> int:
+    """Have the job queued again, and be ended by Slurm for that."""
+    became = slurm.requeue(job_id, restarts, PATIENCE_S)
+    if became == slurm.REQUEUED:
+        print(f"job {job_id} is queued again, to go on from the newest checkpoint", flush=True)
+        time.sleep(60)  # Slurm ends this within KillWait
+    else:
+        print(f"job {job_id} is {became}: Slurm sees to it itself", flush=True)
+    return 75

@@ -1,0 +1,136 @@
+"""What `toolkit submit` and `toolkit supervise` are asked for, as words -> plans."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import storage
+from toolkit.cluster import sweep
+from toolkit.cluster.batch import supervise
+from toolkit.cluster.logs import show
+from toolkit.cluster.monitor import view
+from toolkit.cluster.plan import Nodes, Plan
+from toolkit.cluster.profile import Profile, load_profile
+from toolkit.cluster.submit import Submission, check, dry_run, folder_for, submit
+from toolkit.config import Job, load_job
+from toolkit.config.text import dump
+from toolkit.errors import JobError, RunError
+from toolkit.run import Run
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of `toolkit submit`; `asked` are keys of the profile, of which the empty ones say nothing."""
+
+    job: str
+    overrides: Sequence[str]
+    cluster: str
+    executor: str
+    nodes: str
+    asked: Mapping[str, Any]
+    image: str
+    sweeps: Sequence[str]
+    most_at_once: int | None
+    takes_snapshot: bool
+
+
+def submitted(request: Request, environment: Mapping[str, str], only_shown: bool, waits: bool) -> int:
+    """Submit, or only show what would be. Returns the exit status."""
+    submission = _submission(request, environment)
+    if only_shown:
+        print(dry_run(submission))
+        return 0
+    ids = submit(submission) if submission.plans else []
+    for plan, job_id in zip(submission.plans, ids, strict=True):
+        print(f"{plan.job.run.name}: queued as job {job_id} in {storage.shown(plan.job.run.dir)}")
+    if ids:
+        where = storage.shown(submission.plans[0].job.run.dir)
+        print(f"toolkit status {where}   toolkit logs {where} --follow   toolkit cancel {where}")
+    if waits:
+        return max((_awaited(plan.job.run.dir) for plan in submission.plans), default=0)
+    return 0
+
+
+def _awaited(run: str) -> int:
+    """Show what a run says, to its end. Returns its exit status."""
+    shown = show(run, rank=0, attempt=None, onwards=True)
+    status = Run(run).status() or {}
+    if shown or status.get("state") not in ("completed", "preempted", "cancelled"):
+        reason = status.get("reason") or "see toolkit status"
+        raise RunError(f"{storage.shown(run)} is {view(run).state}: {reason}")
+    return int(status["exit"])
+
+
+def _submission(request: Request, environment: Mapping[str, str]) -> Submission:
+    profile = _profile(request.cluster, request.asked)
+    nodes = Nodes.parsed(request.nodes)
+    jobs = [_absolute(job) for job in _jobs(request, environment)]
+    plans = [Plan(job, profile, nodes, request.image or None) for job in jobs]
+    if request.executor == "local" and (nodes != Nodes() or request.image):
+        raise JobError("--executor local is this machine alone: leave out --nodes and --container")
+    root = _absolute(load_job(request.job, request.overrides, environment)) if request.sweeps else jobs[0]
+    submission = Submission(
+        plans,
+        request.executor,
+        folder_for(root, profile.scratch),
+        os.getcwd(),
+        dump(profile.model_dump(mode="json", exclude_unset=True)),
+        request.most_at_once,
+        request.takes_snapshot,
+    )
+    return Submission(**{**vars(submission), "plans": check(submission)})
+
+
+def _jobs(request: Request, environment: Mapping[str, str]) -> list[Job]:
+    job = load_job(request.job, request.overrides, environment)
+    if not request.sweeps:
+        return [job]
+    points = sweep.points(request.sweeps, job.run.dir)
+    return [
+        load_job(request.job, [*request.overrides, *point.overrides, f"run.dir={_quoted(point.dir)}"], environment)
+        for point in points
+    ]
+
+
+def _quoted(text: str) -> str:
+    """As a YAML text, whatever is in it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _absolute(job: Job) -> Job:
+    """The job with a run directory that means the same from any folder."""
+    local = storage.local_path(job.run.dir)
+    if local is None or os.path.isabs(local):
+        return job
+    run = job.run.model_copy(update={"dir": os.path.abspath(local)})
+    absolute = job.model_copy(update={"run": run})
+    absolute._written = {path: text for path, text in job._written.items() if path != ("run", "dir")}
+    return absolute
+
+
+def _profile(path: str, asked: Mapping[str, Any]) -> Profile:
+    profile = load_profile(path) if path else Profile()
+    return profile.model_copy(update={key: value for key, value in asked.items() if value not in ("", None)})
+
+
+def supervised(
+    job: str, overrides: Sequence[str], cluster: str, nodes: str, image: str, environment: Mapping[str, str]
+) -> int:
+    """Be the supervisor of the Slurm job that this process belongs to. Returns the run's exit status."""
+    count = nodes or environment.get("SLURM_JOB_NUM_NODES", "1")
+    plan = Plan(load_job(job, overrides, environment), _in_job(_profile(cluster, {}), environment), Nodes.parsed(count),
+                image or None)  # fmt: skip
+    paths = [job, *([environment["TOOLKIT_CODE"]] if environment.get("TOOLKIT_CODE") else [])]
+    debug = ["--debug"] * ("--debug" in sys.argv)
+    return supervise(plan, ["train", job, *overrides, *debug], [str(Path(path)) for path in paths], environment)
+
+
+def _in_job(profile: Profile, environment: Mapping[str, str]) -> Profile:
+    """The profile with the GPUs that the job has, where it does not say how many."""
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    if profile.gpus_per_node is None and gpus.isdecimal():
+        return profile.model_copy(update={"gpus_per_node": int(gpus)})
+    return profile

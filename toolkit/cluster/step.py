@@ -1,0 +1,272 @@
+"""One start of all ranks over the nodes of an allocation: srun starts an agent on each, and each its ranks.
+
+What the agents see is looked at here, and what is wanted of them is sent to them, over TCP: srun says nothing of a
+node that hangs, and nothing ever of a task whose slurmstepd was killed.
+"""
+
+import base64
+import hmac
+import os
+import queue
+import secrets
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from toolkit.attempt import Death, Look, Where
+from toolkit.cluster.agent import SUPERVISOR, TOKEN
+from toolkit.cluster.link import Link
+from toolkit.node import write_all
+from toolkit.process import die_with_parent
+from toolkit.pulse import Pulse
+
+SILENT_S = 15.0  # then a node is down, or cut off
+BEAT_S = 3.0  # so that agents know that somebody watches
+HELLO_S = 10.0
+DEATH_S, WHERE_S, END_S, SRUN_S = 10.0, 60.0, 40.0, 5.0  # how long an agent's answers, and srun's end, may take
+_LOG = "srun.log"
+
+
+class Far:
+    """A node, as seen from here."""
+
+    def __init__(self, link: Link, hello: Mapping[str, Any]) -> None:
+        self.link = link
+        self.host, self.step = str(hello["host"]), str(hello["step"])
+        self.address, self.port = str(hello["address"]), int(hello["port"])
+        self.heard_s = time.monotonic()
+        self.look = Look(torchruns=[None])
+        self.said = ""  # by its torchrun
+        self.undead: list[str] | None = None  # what it could not end, once it has ended
+        self.missing: list[str] = []  # what it should see and does not
+        self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    @property
+    def over(self) -> bool:
+        return self.undead is not None
+
+    def ask(self, timeout_s: float, **question: Any) -> Any:
+        """Its answer; None if there is none within that time."""
+        with suppress(OSError, queue.Empty):
+            self.link.send(**question)
+            return self.answers.get(timeout=timeout_s)
+        return None
+
+
+class Step:
+    """An `Attempt` over many nodes. `srun` is the command that starts an agent on each of `hosts`, with `processes`
+    ranks each; `paths` must be there on every node; `warned` is told of signals that the scheduler has sent to agents,
+    `cancel` ends a step that srun cannot; `additions` are srun's environment besides.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        srun: Sequence[str],
+        hosts: Sequence[str],
+        processes: int,
+        paths: Sequence[str] = (),
+        *,
+        patience_s: float,
+        warned: Callable[[signal.Signals], None] = lambda number: None,
+        cancel: Callable[[str], None] = lambda step: None,
+        additions: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda environment: {},
+    ) -> None:
+        self.folder, self.srun, self.hosts, self.paths = folder, list(srun), list(hosts), list(paths)
+        self.per_node, self.processes = processes, processes * len(hosts)
+        self.patience_s, self.warned, self.cancel = patience_s, warned, cancel
+        self.additions = additions
+        self.nodes: dict[int, Far] = {}
+        self.token = secrets.token_hex(32)
+        self.ending = threading.Event()
+        self._changing = threading.Lock()
+
+    def start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        """`toolkit WORDS` on every rank, once all agents are here."""
+        self.words, self.started_s = list(words), time.monotonic()
+        self.listener = socket.create_server(("", 0), backlog=len(self.hosts) + 8)
+        ours = {SUPERVISOR: str(self.listener.getsockname()[1]), TOKEN: self.token}
+        with open(self.folder / _LOG, "wb") as log:
+            self.process = subprocess.Popen(
+                self.srun,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(environment) | ours | dict(self.additions(dict(environment) | ours)),
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - it only asks the kernel
+            )
+        for work, name in ((self._accept, "toolkit-accept"), (self._beat, "toolkit-beat")):
+            threading.Thread(target=work, name=name, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed by `end`
+            while True:
+                connection, _ = self.listener.accept()
+                threading.Thread(target=self._meet, args=[connection], name="toolkit-node", daemon=True).start()
+
+    def _meet(self, connection: socket.socket) -> None:
+        """Hear an agent out, to its end. Whoever does not know the token is sent away."""
+        link = Link(connection, HELLO_S)
+        hello = next(link.messages(), {})
+        if not hmac.compare_digest(str(hello.get("token", "")), self.token):
+            link.close()
+            return
+        connection.settimeout(None)
+        node = Far(link, hello)
+        with self._changing:
+            self.nodes[int(hello["node"])] = node
+            everybody = sorted(self.nodes.items()) if len(self.nodes) == len(self.hosts) else []
+        for number, one in everybody:  # this is the last that came
+            self._send(one, self._start(number, self.nodes[0]))
+        for message in link.messages():
+            node.heard_s = time.monotonic()
+            self._heard(node, message)
+        link.close()
+        node.heard_s = float("-inf") if not node.over else node.heard_s
+
+    def _start(self, number: int, head: Far) -> dict[str, Any]:
+        meeting = {"address": head.address, "port": head.port, "nodes": len(self.hosts), "node": number}
+        return meeting | {"words": self.words, "processes": self.per_node, "paths": self.paths}
+
+    def _heard(self, node: Far, message: Mapping[str, Any]) -> None:
+        if "look" in message:
+            node.look, node.said = Look.decoded(message["look"]), message["said"]
+        if "log" in message:
+            self._keep(node, os.path.basename(message["log"]), base64.b64decode(message["content"]))
+        if "signal" in message:
+            self.warned(signal.Signals[message["signal"]])
+        if "missing" in message:
+            node.missing, node.undead = message["missing"], []
+        if "ended" in message:
+            node.undead = message["ended"]
+        for answer in ("death", "where"):
+            if answer in message:
+                node.answers.put(message[answer])
+
+    def _keep(self, node: Far, name: str, content: bytes) -> None:
+        """A piece of a log: of rank 0's also to this process's stdout, which the scheduler keeps."""
+        name = f"torchrun-{node.host}.log" if name == "torchrun.log" else name
+        with open(self.folder / name, "ab") as log:
+            log.write(content)
+        if name == "rank-0.log":
+            with suppress(OSError):
+                write_all(1, content)
+
+    def _beat(self) -> None:
+        while not self.ending.wait(BEAT_S):
+            for node in list(self.nodes.values()):
+                self._send(node, {"beat": True})
+
+    @staticmethod
+    def _send(node: Far, message: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # its end will be noticed where it is listened to
+            node.link.send(**message)
+
+    def look(self) -> Look:
+        """What all agents have seen last."""
+        status = self.process.poll()
+        notes, pulses, gone, torchruns = dict[int, Any](), dict[int, Pulse](), list[int](), list[int | None]()
+        with self._changing:
+            nodes = dict(self.nodes)
+        for number, node in nodes.items():
+            notes |= self._unseen(number, node)
+            notes |= node.look.notes
+            pulses |= node.look.pulses
+            gone += node.look.gone
+            torchruns += node.look.torchruns
+        torchruns += [status] * (len(self.hosts) - len(nodes))  # of those that have not come, srun may know
+        return Look(notes, pulses, gone, torchruns, {} if self.ending.is_set() else self._lost(nodes))
+
+    def _unseen(self, number: int, node: Far) -> dict[int, Any]:
+        """The last word of the first rank of a node that does not see what it must."""
+        if not node.missing:
+            return {}
+        words = (
+            f"node {node.host} does not see {', '.join(node.missing)}; give folders that all nodes share, such as "
+            "those of your home or of the cluster's scratch space"
+        )
+        note = {"pid": 0, "host": node.host, "exit": 2, "message": words, "time_s": time.time(), "blamed": None}
+        return {number * self.per_node: note}
+
+    def _lost(self, nodes: Mapping[int, Far]) -> dict[str, str]:
+        now_s, lost = time.monotonic(), {}
+        for node in nodes.values():
+            if not node.over and now_s - node.heard_s == float("inf"):
+                lost[node.host] = "has lost its agent: that was killed, or its slurmstepd was, or the node went down"
+            elif not node.over and now_s - node.heard_s > SILENT_S:
+                silent_s = now_s - node.heard_s
+                lost[node.host] = f"gave no sign of life for {silent_s:.0f} s: it is down, or cut off from the network"
+        here = {node.host for node in nodes.values()}
+        late = [host for host in self.hosts if host not in here]
+        if late and nodes and now_s - self.started_s > self.patience_s:
+            lost[late[0]] = f"has not started its agent within {self.patience_s:g} s, and others have"
+        elif late and self.process.poll() is not None and len(late) < len(self.hosts):
+            lost[late[0]] = f"could not start its agent; srun said: {self.said_by_srun()[-1000:]}"
+        return lost
+
+    def stop(self, number: signal.Signals) -> None:
+        """Have every agent send its ranks a signal once, also those that have yet to start."""
+        for node in list(self.nodes.values()):
+            self._send(node, {"stop": int(number)})
+
+    def death(self, rank: int) -> Death:
+        """Of what a rank died that has left no word."""
+        answer = self.nodes[rank // self.per_node].ask(DEATH_S, death=rank)
+        return Death(*answer) if answer else Death(None)
+
+    def where(self) -> dict[int, Where]:
+        """Have every rank write its stacks to its log, and say where it is. A node that does not answer is left out."""
+        found: dict[int, Where] = {}
+        asking = [node for node in self.nodes.values() if not node.over]
+        for node in asking:
+            self._send(node, {"where": True})
+        deadline_s = time.monotonic() + WHERE_S
+        for node in asking:
+            with suppress(queue.Empty):
+                answer = node.answers.get(timeout=max(0.0, deadline_s - time.monotonic()))
+                found |= {rank: Where(*place) for rank, place in answer}
+        return found
+
+    def said_by_torchrun(self) -> str:
+        """The log of the first torchrun that failed, or what srun has said."""
+        failed = [node.said for node in self.nodes.values() if any(node.look.torchruns)]
+        return next(iter(failed), "") or self.said_by_srun()
+
+    def said_by_srun(self) -> str:
+        return (self.folder / _LOG).read_text(errors="replace")
+
+    def end(self) -> list[str]:
+        """Have every node end what is left there. Of one that does not answer, its agent does so by itself."""
+        self.ending.set()
+        nodes = [node for node in self.nodes.values() if node.heard_s > time.monotonic() - SILENT_S]
+        for node in nodes:
+            self._send(node, {"end": True})
+        deadline_s = time.monotonic() + END_S
+        while time.monotonic() < deadline_s and not all(node.over or node.heard_s < 0 for node in nodes):
+            time.sleep(0.05)
+        self.listener.close()
+        for node in list(self.nodes.values()):
+            node.link.close()
+        self._end_srun()
+        return [words for node in self.nodes.values() for words in node.undead or []]
+
+    def _end_srun(self) -> None:
+        """It waits for ever for a task whose slurmstepd was killed, or for a node that is down."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(SRUN_S)
+            return
+        for step in {node.step for node in self.nodes.values()}:
+            self.cancel(step)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(SRUN_S)
+            return
+        self.process.kill()
+        self.process.wait()
