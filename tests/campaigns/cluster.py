@@ -359,8 +359,8 @@ WITHIN = 1e-5
 
 
 def shrink(folder: Path) -> tuple[float, float]:
-    """A job on one or two nodes loses one of two, and goes on with the other. Returns (seconds until the first new step,
-    the largest difference of a tensor to the undisturbed run's, by norms).
+    """A job on one or two nodes loses one of two, and goes on with the other. Returns (seconds until the first new
+    step, the largest difference of a tensor to the undisturbed run's, by norms).
     """
     folder.mkdir()
     whole = Scene(folder / "undisturbed", changes=WITHOUT_CHANCE)
