@@ -43,7 +43,7 @@ def supervise(job: Job, words: Sequence[str], processes: int, environment: Mappi
     signals = StopSignals(at_second_interrupt=_interrupt).listen()
     be_subreaper()
     try:
-        return Supervisor(job, words, environment, signals, Here(processes)).run()
+        return Supervisor(job, words, environment, signals, Here(processes)).run().status
     except KeyboardInterrupt:
         print(f"left at once; what came after the newest checkpoint is lost; {AGAIN}", file=sys.stderr)
         return 1
@@ -140,15 +140,15 @@ class Supervisor:
         self.failed_s: float | None = None  # when the last attempt failed, until the next has taken a step
         self.resumed_step: int | None = None
 
-    def run(self) -> int:
-        """Returns the exit status of the whole."""
+    def run(self) -> Outcome:
+        """How the last attempt ended, whose exit status is that of the whole."""
         while True:
             with node.new_folder() as folder:
                 outcome, goes_on = self._attempted(self.place.attempt(folder))
             if outcome.message:  # of the command, an error only if it ends with it
                 print(outcome.message, file=sys.stdout if goes_on else sys.stderr, flush=True)
             if not goes_on:
-                return outcome.status
+                return outcome
 
     def _attempted(self, attempt: Attempt) -> tuple[Outcome, bool]:
         """(how one attempt ended, whether to start another)."""
