@@ -111,7 +111,7 @@ def _quoted(text: str) -> str:
 def _absolute(job: Job) -> Job:
     """The job with a run directory that means the same from any folder."""
     local = storage.local_path(job.run.dir)
-    if local is None or os.path.isabs(local):
+    if local is None:
         return job
     run = job.run.model_copy(update={"dir": os.path.abspath(local)})
     absolute = job.model_copy(update={"run": run})
