@@ -24,6 +24,7 @@ from toolkit.cluster import partitions, slurm, snapshot
 from toolkit.cluster.guard import keep
 from toolkit.cluster.monitor import local_process
 from toolkit.cluster.plan import Plan
+from toolkit.cluster.queue import ACTIVE
 from toolkit.cluster.shared import refuse_unseen
 from toolkit.config import Job
 from toolkit.config.text import dump
@@ -33,7 +34,6 @@ from toolkit.run import COMPLETE, Run
 
 SUBMITTED = "submitted.json"
 _A_YEAR_MIN = 525600
-_IN_QUEUE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _refuse_running(run: Run) -> None:
     found = ""
     with suppress(slurm.SlurmError):
         facts = [slurm.job_facts(job_id) for job_id in jobs if job_id]
-        found = next((f"job {one.job_id}, which is {one.state}" for one in facts if one and one.state in _IN_QUEUE), "")
+        found = next((f"job {one.job_id}, which is {one.state}" for one in facts if one and one.state in ACTIVE), "")
     if before.get("executor") == "local" and before["host"] == socket.gethostname() and local_process(before):
         found = f"running on this machine, in the background (pid {before['pid']})"
     if not found and claim and not claim["slurm_job_id"] and (holder := holder_of(run.at("lock"), print)):
