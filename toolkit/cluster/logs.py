@@ -11,6 +11,7 @@ from toolkit.cluster.monitor import View, view
 from toolkit.errors import JobError
 
 POLL_S, REMOTE_POLL_S = 0.5, 10.0
+_LEAVE_S = 3.0  # after its last word in status.json a run says a little more, and its supervisor brings that in
 _REST_S = 15.0  # how long a run of a scheduler must have been at rest: what squeue says may be 10 s old
 _CHUNK = 1 << 20
 
@@ -58,7 +59,8 @@ def follow(run: str, rank: int, attempt: int | None, onwards: bool, write: Calla
             continue
         if not seen.goes_on:
             rests_s = rests_s or time.monotonic()
-            if not seen.known.job_id or seen.known.is_over or time.monotonic() - rests_s > _REST_S:
+            enough_s = _LEAVE_S if not seen.known.job_id or seen.known.is_over else _REST_S
+            if time.monotonic() - rests_s > enough_s:
                 return None if number in logs else _scheduler_said(seen, rank, write)
         else:
             rests_s = None

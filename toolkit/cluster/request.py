@@ -63,10 +63,11 @@ def submitted(
 
 
 def _awaited(run: str) -> int:
-    """Show what a run says, to its end. Returns its exit status."""
-    shown = show(run, rank=0, attempt=None, onwards=True)
+    """Show what a run says, to its end. Returns its exit status; 130 after Ctrl-C, of which the run learns nothing."""
+    if stopped := show(run, rank=0, attempt=None, onwards=True):
+        return stopped
     status = Run(run).status() or {}
-    if shown or status.get("state") not in ("completed", "preempted", "cancelled"):
+    if status.get("state") not in ("completed", "preempted", "cancelled"):
         reason = status.get("reason") or "see toolkit status"
         raise RunError(f"{storage.shown(run)} is {view(run).state}: {reason}")
     return int(status["exit"])

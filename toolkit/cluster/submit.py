@@ -217,8 +217,9 @@ def _executor(submission: Submission, code: snapshot.Snapshot | None) -> Any:
     if submission.executor == "local":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would set it to none
         keeps = f"export CUDA_VISIBLE_DEVICES={shlex.quote(visible)}" if visible else "unset CUDA_VISIBLE_DEVICES"
+        own = f"exec </dev/null >>{shlex.quote(submission.folder + '/setup.log')} 2>&1"  # not what a pipe waits for
         # In one piece: submitit joins them with &&, and a comment would swallow all that follows.
-        setup = "\n".join([keeps, "trap '' HUP INT", *_setup(submission, code), "true"])
+        setup = "\n".join([own, keeps, "trap '' HUP INT", *_setup(submission, code), "true"])
         local = submitit.LocalExecutor(folder=submission.folder)
         local.update_parameters(timeout_min=_A_YEAR_MIN, stderr_to_stdout=True, setup=[setup])
         return local
