@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "deaths": LEAVES,
     "watchdog": LEAVES | {"attempt", "stacks"},
     "postmortem": LEAVES | {"storage", "run", "oom", "deaths"},
+    "screening": LEAVES | {"components", "config", "datasets", "models", "optim", "tasks"},
     "evaluation": LEAVES | {"storage", "config", "distributed", "persistence", "session"},
     "notebook": LEAVES | {"config", "run"},
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},

@@ -125,12 +125,17 @@ def submit(
     """Hand a job to Slurm, or to this machine in the background; it survives whatever ends it, and resumes."""
     from toolkit.cluster.request import Request, submitted
 
+    def screen(config: Job) -> None:
+        from toolkit.screening import screen as screened
+
+        screened(config)
+
     asked = {"gpus_per_node": gpus_per_node, "partition": partition, "account": account, "qos": qos, "time_min": time}
     request = Request(
         job, list(overrides or []), cluster, executor.value, nodes, asked, container, list(sweep or []), max_parallel,
         snapshot,
     )  # fmt: skip
-    raise typer.Exit(submitted(request, os.environ, dry_run, wait))
+    raise typer.Exit(submitted(request, os.environ, screen, dry_run, wait))
 
 
 @app.command()

@@ -93,6 +93,8 @@ class Deadline:
         if (status.get("checkpoint") or {}).get("step") is not None:
             self.save_s = float(status["checkpoint"]["took_s"]) + float(status["checkpoint"]["stalled_s"])
         now_s, step = time.monotonic(), int(status.get("step") or 0)
+        if self._progress and step == self._progress[1]:
+            return  # it takes longer than from one look to the next
         if self._progress and step > self._progress[1]:
             self.step_s = (now_s - self._progress[0]) / (step - self._progress[1])
         self._progress = (now_s, step)

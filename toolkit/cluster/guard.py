@@ -25,6 +25,8 @@ def keep(command: Sequence[str]) -> None:
 
     Returns if it ends with 0. Ends this process if it ends with 75: stopped early, and no result yet. Raises RunError.
     """
+    with suppress(PermissionError):  # a batch step leads a session already
+        os.setsid()  # on a user's machine: Ctrl-C is not meant for what was sent to the background
     guard = Guard(command)
     status = guard.run()
     guard.bury()
@@ -41,6 +43,7 @@ class Guard:
     def __init__(self, command: Sequence[str]) -> None:
         self.command, self.parent = list(command), os.getppid()
         self.child: subprocess.Popen[bytes] | None = None
+        self.received: set[int] = set()
         for number in STOPPING:
             signal.signal(number, self._pass_on)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
@@ -51,6 +54,8 @@ class Guard:
         while True:
             started_s = time.monotonic()
             self.child = subprocess.Popen(self.command, preexec_fn=partial(_as_child, os.getpid()))  # noqa: PLW1509
+            for number in sorted(self.received):  # while there was no command, or by the one that was killed
+                self.child.send_signal(number)
             status = self.child.wait()
             if status >= 0:
                 return status
@@ -68,6 +73,7 @@ class Guard:
                 slurm.cancel(job_id)
 
     def _pass_on(self, number: int, frame: object) -> None:
+        self.received.add(number)
         if self.child and self.child.poll() is None:
             self.child.send_signal(number)
 

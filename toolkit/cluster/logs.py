@@ -11,6 +11,7 @@ from toolkit.cluster.monitor import View, view
 from toolkit.errors import JobError
 
 POLL_S, REMOTE_POLL_S = 0.5, 10.0
+_LEAVE_S = 3.0  # after its last word in status.json a run says a little more, and its supervisor brings that in
 _REST_S = 15.0  # how long a run of a scheduler must have been at rest: what squeue says may be 10 s old
 _CHUNK = 1 << 20
 
@@ -57,8 +58,9 @@ def follow(run: str, rank: int, attempt: int | None, onwards: bool, write: Calla
 
 
 def _is_over(seen: View, rests_s: float) -> bool:
-    """Whether a run will not go on; one of a scheduler that is at rest may be about to be started again."""
-    return not seen.goes_on and (not seen.known.job_id or seen.known.is_over or rests_s > _REST_S)
+    """Whether a run will not go on, nor say more; one of a scheduler that is at rest may be about to start again."""
+    is_final = not seen.known.job_id or seen.known.is_over
+    return not seen.goes_on and rests_s > (_LEAVE_S if is_final else _REST_S)
 
 
 def attempts_of(run: str, rank: int) -> dict[int, str]:

@@ -69,8 +69,15 @@ class Plan:
         return (self.profile.container or Container()) if self.image else None
 
     def check(self) -> None:
-        """Raises JobError if the job cannot be shared among the ranks of so many nodes."""
+        """Raises JobError if the job cannot be shared among the ranks of so many nodes, or Slurm's script not be
+        written.
+        """
         self.job.check_ranks(self.nodes.most * self.processes)
+        for name, value in self.options().items():
+            if not re.fullmatch("[A-Za-z][A-Za-z0-9-]*", name) or not str(value).isprintable():
+                raise JobError(
+                    f"sbatch takes no option {name!r} with the value {value!r}: it is to be one line of text"
+                )
 
     def asked(self) -> Asked:
         """What a partition must offer."""
@@ -110,10 +117,10 @@ class Plan:
         exported = dict(self.profile.env) | ({"TOOLKIT_CODE": code} if code else {})
         lines = [f"module load {shlex.quote(name)}" for name in self.profile.modules]
         lines += list(self.profile.setup)
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
         if python_path:  # the code as it was; never what lies in the folder now
             path = shlex.quote(":".join(python_path))
-            lines.append(f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}")
-        lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
+            lines.append(f'export PYTHONSAFEPATH=1 PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"')
         return [*lines, f"cd {shlex.quote(cwd)}", "trap '' USR2  # until the supervisor listens"]
 
     def supervisor(self, job_file: str, cluster_file: str) -> list[str]:

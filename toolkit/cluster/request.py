@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,19 @@ class Request:
     takes_snapshot: bool
 
 
-def submitted(request: Request, environment: Mapping[str, str], only_shown: bool, waits: bool) -> int:
-    """Submit, or only show what would be. Returns the exit status."""
-    submission = _submission(request, environment)
+def submitted(
+    request: Request, environment: Mapping[str, str], screen: Callable[[Job], None], only_shown: bool, waits: bool
+) -> int:
+    """Submit, or only show what would be. `screen` raises JobError for a job that names what does not exist.
+
+    Returns the exit status.
+    """
+    submission = _submission(request, environment, only_shown)
+    if not request.image:  # which may have what is not installed here
+        for plan in submission.plans:
+            screen(plan.job)
     if only_shown:
-        print(dry_run(submission))
+        print(dry_run(submission) if submission.plans else "nothing is left to be done")
         return 0
     ids = submit(submission) if submission.plans else []
     for plan, job_id in zip(submission.plans, ids, strict=True):
@@ -55,16 +63,17 @@ def submitted(request: Request, environment: Mapping[str, str], only_shown: bool
 
 
 def _awaited(run: str) -> int:
-    """Show what a run says, to its end. Returns its exit status."""
-    shown = show(run, rank=0, attempt=None, onwards=True)
+    """Show what a run says, to its end. Returns its exit status; 130 after Ctrl-C, of which the run learns nothing."""
+    if stopped := show(run, rank=0, attempt=None, onwards=True):
+        return stopped
     status = Run(run).status() or {}
-    if shown or status.get("state") not in ("completed", "preempted", "cancelled"):
+    if status.get("state") not in ("completed", "preempted", "cancelled"):
         reason = status.get("reason") or "see toolkit status"
         raise RunError(f"{storage.shown(run)} is {view(run).state}: {reason}")
     return int(status["exit"])
 
 
-def _submission(request: Request, environment: Mapping[str, str]) -> Submission:
+def _submission(request: Request, environment: Mapping[str, str], only_shown: bool) -> Submission:
     profile = _profile(request.cluster, request.asked)
     nodes = Nodes.parsed(request.nodes)
     jobs = [_absolute(job) for job in _jobs(request, environment)]
@@ -81,7 +90,7 @@ def _submission(request: Request, environment: Mapping[str, str]) -> Submission:
         request.most_at_once,
         request.takes_snapshot,
     )
-    return Submission(**{**vars(submission), "plans": check(submission)})
+    return Submission(**{**vars(submission), "plans": check(submission, only_shown)})
 
 
 def _jobs(request: Request, environment: Mapping[str, str]) -> list[Job]:
@@ -103,7 +112,7 @@ def _quoted(text: str) -> str:
 def _absolute(job: Job) -> Job:
     """The job with a run directory that means the same from any folder."""
     local = storage.local_path(job.run.dir)
-    if local is None or os.path.isabs(local):
+    if local is None:
         return job
     run = job.run.model_copy(update={"dir": os.path.abspath(local)})
     absolute = job.model_copy(update={"run": run})

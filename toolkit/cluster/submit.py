@@ -22,11 +22,14 @@ from typing import Any
 from toolkit import storage
 from toolkit.cluster import partitions, slurm, snapshot
 from toolkit.cluster.guard import keep
+from toolkit.cluster.monitor import local_process
 from toolkit.cluster.plan import Plan
+from toolkit.cluster.queue import ACTIVE
 from toolkit.cluster.shared import refuse_unseen
 from toolkit.config import Job
 from toolkit.config.text import dump
 from toolkit.errors import JobError
+from toolkit.lock import holder_of, newest_claim
 from toolkit.run import COMPLETE, Run
 
 SUBMITTED = "submitted.json"
@@ -61,8 +64,9 @@ def folder_for(job: Job, scratch: str | None) -> str:
     return os.path.join(os.path.abspath(local), "slurm", stamp)
 
 
-def check(submission: Submission) -> list[Plan]:
-    """Raises JobError, with nothing queued or written, if a job is wrong or the cluster cannot take it.
+def check(submission: Submission, only_shown: bool = False) -> list[Plan]:
+    """Raises JobError, with nothing queued or written, if a job is wrong or the cluster cannot take it. What is
+    `only_shown` needs no Slurm here.
 
     Returns the plans that have something left to do.
     """
@@ -75,14 +79,15 @@ def check(submission: Submission) -> list[Plan]:
             "or scratch in the cluster profile"
         )
     if submission.executor == "slurm":
-        slurm.require()
+        if not only_shown:
+            slurm.require()
         partitions.check(plan.asked())
         for one in submission.plans:
             refuse_unseen(storage.local_path(one.job.run.dir), "run.dir", plan.profile.shared)
         refuse_unseen(submission.folder, "scratch", plan.profile.shared)
         refuse_unseen(submission.cwd, "the folder the command runs in", plan.profile.shared)
     for one in submission.plans:
-        _refuse_queued(Run(one.job.run.dir))
+        _refuse_running(Run(one.job.run.dir))
         Run(one.job.run.dir).refuse_drift(one.job.as_written(), {})
     return [one for one in submission.plans if not _complete(one)]
 
@@ -93,17 +98,24 @@ def _complete(plan: Plan) -> bool:
     return done is not None
 
 
-def _refuse_queued(run: Run) -> None:
-    before = _submitted(run)
-    if before and before.get("executor") == "slurm":
-        with suppress(slurm.SlurmError):
-            facts = slurm.job_facts(before["job_id"])
-            if facts and facts.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"):
-                where = storage.shown(run.url)
-                raise JobError(
-                    f"{where} is job {before['job_id']} already, which is {facts.state}; look at it with toolkit "
-                    f"status {where}, end it with toolkit cancel {where}"
-                )
+def _refuse_running(run: Run) -> None:
+    """Raises JobError if it waits in a queue or runs already, whoever started it."""
+    before, claim = _submitted(run), newest_claim(run.at("lock"))
+    jobs = {before.get("job_id") if before.get("executor") == "slurm" else None}
+    jobs |= {claim["slurm_job_id"] if claim and not claim["released"] else None}
+    found = ""
+    with suppress(slurm.SlurmError):
+        facts = [slurm.job_facts(job_id) for job_id in jobs if job_id]
+        found = next((f"job {one.job_id}, which is {one.state}" for one in facts if one and one.state in ACTIVE), "")
+    if before.get("executor") == "local" and before["host"] == socket.gethostname() and local_process(before):
+        found = f"running on this machine, in the background (pid {before['pid']})"
+    if not found and claim and not claim["slurm_job_id"] and (holder := holder_of(run.at("lock"), print)):
+        found = f"running on host {holder['host']} (pid {holder['pid']})"
+    if found:
+        where = storage.shown(run.url)
+        raise JobError(
+            f"{where} is already {found}; look at it with toolkit status {where}, end it with toolkit cancel {where}"
+        )
 
 
 def _submitted(run: Run) -> dict[str, Any]:
@@ -115,19 +127,17 @@ def _submitted(run: Run) -> dict[str, Any]:
 
 
 def submit(submission: Submission) -> list[str]:
-    """Hand it over. Returns the jobs' ids, in the order of the plans. Raises JobError if Slurm refuses it."""
-    folder = submission.folder
-    code = snapshot.take(submission.cwd, _code_folder(submission)) if submission.takes_snapshot else None
-    for words in code.words if code else []:
-        print(f"WARNING: {words}", file=sys.stderr)
-    with _queued([Run(plan.job.run.dir) for plan in submission.plans]):
-        try:
+    """Hand it over. Returns the jobs' ids, in the order of the plans. Raises JobError, with all as it was before, if
+    Slurm refuses it.
+    """
+    folder, runs = submission.folder, [Run(plan.job.run.dir) for plan in submission.plans]
+    with _new([folder, _code_folder(submission)], [storage.local_path(run.url) for run in runs]):
+        code = snapshot.take(submission.cwd, _code_folder(submission)) if submission.takes_snapshot else None
+        for words in code.words if code else []:
+            print(f"WARNING: {words}", file=sys.stderr)
+        with _queued(runs):
             commands = [_written(submission, number) for number in range(len(submission.plans))]
-            executor = _executor(submission, code)
-            ids = _ids(executor, commands)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            ids = _ids(_executor(submission, code), commands)
     for plan, job_id in zip(submission.plans, ids, strict=True):
         record = {
             "executor": submission.executor,
@@ -143,20 +153,43 @@ def submit(submission: Submission) -> list[str]:
 
 
 @contextmanager
-def _queued(runs: Sequence[Run]) -> Iterator[None]:
-    """The runs are queued, unless what is done in here fails: then they are as before."""
-    before = [run.status() for run in runs]
-    for run in runs:
-        run.mark("queued", submitted_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+def _new(ours: Sequence[str], others: Sequence[str | None]) -> Iterator[None]:
+    """Of these folders, those that are new are gone again if what is done in here fails; `others` if they are empty."""
+    paths = [Path(path).absolute() for path in (*ours, *others) if path]
+    new = {str(folder) for path in paths for folder in (path, *path.parents) if not folder.exists()}
     try:
         yield
     except BaseException:
-        for run, status in zip(runs, before, strict=True):
-            if status:
-                run.mark(status["state"])
-            else:
-                storage.remove(run.at("status.json"))
+        for folder in new.intersection(ours):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in sorted(new, key=len, reverse=True):  # the inner ones first
+            with suppress(OSError):  # somebody else has put something there, or it was never made
+                os.rmdir(folder)
         raise
+
+
+@contextmanager
+def _queued(runs: Sequence[Run]) -> Iterator[None]:
+    """The runs are queued, unless what is done in here fails: then they are as before."""
+    before = {run: _content(run.at("status.json")) for run in runs}
+    try:
+        for run in runs:
+            run.mark("queued", submitted_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        yield
+    except BaseException:
+        for run, content in before.items():
+            if content is None:
+                storage.remove(run.at("status.json"))
+            else:
+                storage.write(run.at("status.json"), content)
+        raise
+
+
+def _content(url: str) -> bytes | None:
+    try:
+        return storage.read(url)
+    except FileNotFoundError:
+        return None
 
 
 def _written(submission: Submission, number: int) -> list[str]:
@@ -172,7 +205,8 @@ def _written(submission: Submission, number: int) -> list[str]:
 def command_of(submission: Submission, job_file: str, cluster_file: str, plan: Plan) -> list[str]:
     """The supervisor of a Slurm job, or of ranks on this machine."""
     if submission.executor == "local":
-        return [sys.executable, "-m", "toolkit", "train", job_file, "--processes", str(plan.processes)]
+        processes = ["--processes", str(plan.gpus)] if plan.gpus else []  # else the job says, or what is found here
+        return [sys.executable, "-m", "toolkit", "train", job_file, *processes]
     return plan.supervisor(job_file, cluster_file)
 
 
@@ -183,9 +217,11 @@ def _executor(submission: Submission, code: snapshot.Snapshot | None) -> Any:
     if submission.executor == "local":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would set it to none
         keeps = f"export CUDA_VISIBLE_DEVICES={shlex.quote(visible)}" if visible else "unset CUDA_VISIBLE_DEVICES"
-        setup = [keeps, "trap '' HUP INT", *_setup(submission, code)]
+        own = f"exec </dev/null >>{shlex.quote(submission.folder + '/setup.log')} 2>&1"  # not what a pipe waits for
+        # In one piece: submitit joins them with &&, and a comment would swallow all that follows.
+        setup = "\n".join([own, keeps, "trap '' HUP INT", *_setup(submission, code), "true"])
         local = submitit.LocalExecutor(folder=submission.folder)
-        local.update_parameters(timeout_min=_A_YEAR_MIN, stderr_to_stdout=True, setup=setup)
+        local.update_parameters(timeout_min=_A_YEAR_MIN, stderr_to_stdout=True, setup=[setup])
         return local
     executor = submitit.SlurmExecutor(folder=submission.folder, python=_PYTHON)
     executor.update_parameters(**_parameters(submission, code))

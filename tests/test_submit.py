@@ -1,0 +1,236 @@
+"""Submission without a Slurm: what is written, what sbatch is given, and that nothing is left if it is refused."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import DIGITS
+from toolkit import screening
+from toolkit.cluster.request import Request, submitted
+from toolkit.cluster.shared import refuse_unseen
+from toolkit.config import Job, load_job
+from toolkit.errors import JobError
+from toolkit.run import Run
+
+STAMP = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+SBATCH = """#!/bin/sh
+case "$*" in *--version*) echo slurm 22.05; exit;; esac
+for file; do :; done
+cp "$file" "$(dirname "$0")/../given.sh"
+[ -e "$(dirname "$0")/../refuses" ] && { echo "sbatch: error: no more jobs for you" >&2; exit 1; }
+echo Submitted batch job 77
+"""
+
+
+class Login:
+    """A login node whose sbatch keeps what it is given, in a folder where one job lies."""
+
+    def __init__(self, folder: Path, tools: Path, given: Path) -> None:
+        self.folder, self.tools, self.given = folder, tools, given
+
+    def submit(self, *overrides: str, shown: bool = False, screen: Callable[[Job], None] = lambda job: None,
+               **more: Any) -> int:  # fmt: skip
+        asked = {
+            "job": "digits.yaml", "overrides": overrides, "cluster": "", "executor": "slurm", "nodes": "1", "asked": {},
+            "image": "", "sweeps": [], "most_at_once": None, "takes_snapshot": True,
+        }  # fmt: skip
+        return submitted(Request(**asked | more), os.environ, screen, shown, waits=False)
+
+    def files(self) -> dict[str, bytes]:
+        """Everything in the folder, but for git's own."""
+        found = [path for path in self.folder.rglob("*") if ".git" not in path.parts]
+        return {str(path): b"" if path.is_dir() else path.read_bytes() for path in found}
+
+    def script(self) -> str:
+        return self.given.read_text()
+
+
+@pytest.fixture
+def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Login:
+    tools, folder = tmp_path / "bin", tmp_path / "my work"
+    for path in (tools, folder):
+        path.mkdir()
+    for name in ("git", "sh", "cp", "dirname"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    for name in ("sbatch", "srun"):
+        (tools / name).write_text(SBATCH)
+        (tools / name).chmod(0o755)
+    (folder / "digits.yaml").write_text(DIGITS)
+    (folder / "mine.py").write_text("")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", *words], cwd=folder, check=True, timeout=30)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", str(tools))
+    return Login(folder, tools, tmp_path / "given.sh")
+
+
+def test_a_dry_run_writes_nothing_needs_no_slurm_and_shows_what_is_really_submitted(
+    login: Login, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch = (login.tools / "sbatch").read_text()
+    (login.tools / "sbatch").unlink()
+    before = login.files()
+    assert login.submit(shown=True, nodes="1:2") == 0
+    assert login.files() == before
+    shown = capsys.readouterr().out
+    (login.tools / "sbatch").write_text(sbatch)
+    (login.tools / "sbatch").chmod(0o755)
+    assert login.submit(nodes="1:2") == 0
+    assert STAMP.sub("STAMP", login.script()) in STAMP.sub("STAMP", shown)
+    assert "srun --overlap --kill-on-bad-exit=1" in shown
+    assert "-m toolkit supervise" in shown
+
+
+def test_what_is_submitted_is_recorded_in_the_run(login: Login, capsys: pytest.CaptureFixture[str]) -> None:
+    login.submit()
+    run = login.folder / "runs/digits"
+    record = json.loads((run / "submitted.json").read_text())
+    assert (record["executor"], record["job_id"], record["pid"]) == ("slurm", "77", None)
+    assert Path(record["log"]) == Path(record["folder"]) / "77_0_log.out"
+    assert json.loads((run / "status.json").read_text())["state"] == "queued"
+    assert "digits: queued as job 77 in runs/digits" in capsys.readouterr().out.replace(f"{login.folder}/", "")
+    again = load_job(f"{record['folder']}/job-0.yaml")
+    assert again.as_written() == load_job("digits.yaml", [f"run.dir='{run}'"]).as_written()
+
+
+def test_a_secret_of_the_environment_is_not_written(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DROP", "0.123456")
+    login.submit("model.args.dropout=${env:DROP}")
+    assert not [name for name, content in login.files().items() if b"0.123456" in content]
+
+
+def test_a_refused_job_leaves_nothing_behind(login: Login) -> None:
+    (login.tools.parent / "refuses").touch()
+    before = login.files()
+    for options in ({}, {"sweeps": ["run.seed=1,2"]}):
+        with pytest.raises(JobError, match="Slurm has refused the job: .*no more jobs for you"):
+            login.submit(**options)
+        assert login.files() == before
+
+
+def test_a_refused_job_leaves_a_run_as_it_was(login: Login) -> None:
+    run = Run("runs/digits")
+    run.mark("preempted", step=7, summary="it has more to do")
+    (login.folder / "runs/digits/slurm/code").mkdir(parents=True)
+    (login.folder / "runs/digits/slurm/code/kept").touch()
+    (login.tools.parent / "refuses").touch()
+    before = login.files()
+    with pytest.raises(JobError, match="nothing is queued"):
+        login.submit()
+    assert {name for name in login.files() if "/code/" not in name} == {name for name in before if "/code/" not in name}
+    assert Run("runs/digits").status() == {"state": "preempted", "step": 7, "summary": "it has more to do"}
+
+
+def test_a_complete_run_is_not_queued(login: Login, capsys: pytest.CaptureFixture[str]) -> None:
+    Run("runs/digits").mark("completed", summary="digits: completed")
+    (login.folder / "runs/digits/provenance.json").write_text(
+        json.dumps({"job": load_job("digits.yaml", [f"run.dir='{login.folder}/runs/digits'"]).as_written()})
+    )
+    assert login.submit() == 0
+    assert login.submit(shown=True) == 0
+    assert "digits: completed\nThis run is complete" in capsys.readouterr().out
+    assert not login.given.exists()
+
+
+def test_of_a_sweep_each_point_is_checked_and_has_a_job_of_its_own(login: Login) -> None:
+    with pytest.raises(JobError, match="epochs: -1"):
+        login.submit(sweeps=["train.epochs=1,-1"])
+    with pytest.raises(JobError, match="model 'mpl' is unknown; did you mean 'mlp'"):
+        login.submit(sweeps=["model.name=mlp,mpl"], screen=screening.screen)
+    assert not (login.folder / "runs").exists()
+    login.submit(sweeps=["optimizer.args.lr=0.1,0.01", "run.seed=1,2,3"], most_at_once=2)
+    assert "#SBATCH --array=0-5%2" in login.script()
+    records = [json.loads(path.read_text()) for path in sorted(login.folder.glob("runs/digits/*/submitted.json"))]
+    assert sorted(record["job_id"] for record in records) == [f"77_{number}" for number in range(6)]
+    for record in records:
+        number = record["job_id"].partition("_")[2]
+        assert Path(f"{record['folder']}/job-{number}.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.name=resnt"], ["model 'resnt' is unknown"]),
+        (["task=clasification"], ["did you mean 'classification'"]),
+        (["data.train.name=nothing:Here"], ["data.train 'nothing:Here': no module named 'nothing'"]),
+        (["optimizer.args.lrr=1", "schedule.args.warmup=1"], ["unknown argument 'lrr'", "'warmup'"]),
+        (["model.args.hidden=many"], ["argument 'hidden' is 'many'"]),
+        (["data.transforms=[flip_all]", "data.test.args.splitt=test"], ["'flip_all'", "'splitt'"]),
+    ],
+)
+def test_components_that_do_not_exist_are_refused_all_at_once(
+    changes: list[str], words: list[str], login: Login
+) -> None:
+    before = login.files()
+    with pytest.raises(JobError) as caught:
+        login.submit(*changes, screen=screening.screen)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert login.files() == before
+    assert not login.given.exists()
+
+
+def test_every_job_of_the_repository_passes_the_same_check(pytestconfig: pytest.Config) -> None:
+    for path in sorted((pytestconfig.rootpath / "jobs").glob("*.yaml")):
+        screening.screen(load_job(str(path), environment={**os.environ}))
+
+
+def test_components_in_an_image_are_not_looked_for_here(login: Login) -> None:
+    def fail(job: Job) -> None:
+        raise AssertionError("looked for")
+
+    assert login.submit(image="/images/torch.sqsh", screen=fail) == 0
+
+
+def test_without_sbatch_nothing_is_written(login: Login) -> None:
+    (login.tools / "sbatch").unlink()
+    before = login.files()
+    with pytest.raises(
+        JobError, match="no sbatch here: submit on a login node of the cluster, or take --executor local"
+    ):
+        login.submit()
+    assert login.files() == before
+
+
+@pytest.mark.parametrize("name", ["a%j", "a\\b", "a\nb"])
+def test_a_run_directory_that_slurm_would_read_otherwise_is_refused(name: str, login: Login) -> None:
+    with pytest.raises(JobError, match="Slurm cannot write its logs below"):
+        login.submit(f"run.dir={json.dumps(name)}")
+
+
+MOUNTS = [("/", "overlay"), ("/home", "nfs4"), ("/home/me/fast", "tmpfs"), ("/dev/shm", "tmpfs"), ("/data x", "ext4")]
+
+
+@pytest.mark.parametrize(
+    ("path", "shared", "refused"),
+    [
+        (None, (), ""),
+        ("/home/me/runs", (), ""),
+        ("/var/runs", (), ""),  # the root of a container: who knows
+        ("/dev/shm/run", (), "is on /dev/shm, a tmpfs of this machine"),
+        ("/home/me/fast", (), "is on /home/me/fast, a tmpfs"),
+        ("/home/me/faster/run", (), ""),
+        ("/home/me/runs", ("/home", "/scratch"), ""),
+        ("/home", ("/home/",), ""),
+        ("/homes/runs", ("/home",), "is in none of the folders that the cluster profile calls shared (/home)"),
+        ("/home/../var/run", ("/home",), "is in none of the folders"),
+        ("/dev/shm/run", ("/dev",), "is on /dev/shm"),
+    ],
+)
+def test_folders_that_no_node_can_see(path: str | None, shared: tuple[str, ...], refused: str) -> None:
+    caught = pytest.raises(JobError, match=re.escape(refused)) if refused else contextlib.nullcontext()
+    with caught:
+        refuse_unseen(path, "run.dir", shared, MOUNTS)
+
+
+def test_a_link_is_judged_by_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to("/dev/shm")
+    with pytest.raises(JobError, match="a tmpfs of this machine"):
+        refuse_unseen(str(tmp_path / "runs/x"), "run.dir", ())
