@@ -12,6 +12,7 @@ from toolkit.errors import JobError
 
 POLL_S, REMOTE_POLL_S = 0.5, 10.0
 _REST_S = 15.0  # how long a run of a scheduler must have been at rest: what squeue says may be 10 s old
+_LAST_WORDS_S = 3.0  # a run's status says that it is over before its last words have come here
 _CHUNK = 1 << 20
 
 
@@ -58,7 +59,8 @@ def follow(run: str, rank: int, attempt: int | None, onwards: bool, write: Calla
             continue
         if not seen.goes_on:
             rests_s = rests_s or time.monotonic()
-            if not seen.known.job_id or seen.known.is_over or time.monotonic() - rests_s > _REST_S:
+            certain = not seen.known.job_id or seen.known.is_over
+            if time.monotonic() - rests_s > (_LAST_WORDS_S if certain else _REST_S):
                 return None if number in logs else _scheduler_said(seen, rank, write)
         else:
             rests_s = None

@@ -40,7 +40,7 @@ class Request:
 def submitted(request: Request, environment: Mapping[str, str], only_shown: bool, waits: bool) -> int:
     """Submit, or only show what would be. Returns the exit status."""
     submission = _submission(request, environment)
-    if only_shown:
+    if only_shown and submission.plans:
         print(dry_run(submission))
         return 0
     ids = submit(submission) if submission.plans else []
@@ -125,7 +125,8 @@ def supervised(
                 image or None)  # fmt: skip
     paths = [job, *([environment["TOOLKIT_CODE"]] if environment.get("TOOLKIT_CODE") else [])]
     debug = ["--debug"] * ("--debug" in sys.argv)
-    return supervise(plan, ["train", job, *overrides, *debug], [str(Path(path)) for path in paths], environment)
+    words = ["train", job, *overrides, *debug]
+    return supervise(plan, words, [str(Path(path)) for path in paths], {**environment, **plan.profile.env})
 
 
 def _in_job(profile: Profile, environment: Mapping[str, str]) -> Profile:
