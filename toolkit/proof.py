@@ -153,8 +153,8 @@ def _disturbed(
 def _reached(start: _Start, run: Run, step: int) -> bool:
     """Wait until the run is about to take a step. False if it ended before."""
     while start.process.poll() is None:
-        taken = _taken(run)
-        if taken and max(taken) >= step:
+        steps = taken(run)
+        if steps and max(steps) >= step:
             return True
         time.sleep(POLL_S)
     return False
@@ -171,7 +171,7 @@ def _in_save(start: _Start, run: Run) -> bool:
     return False
 
 
-def _taken(run: Run) -> dict[int, list[int]]:
+def taken(run: Run) -> dict[int, list[int]]:
     """Step -> the samples that it took, sorted, over all ranks. Of several times that it was taken the last counts."""
     found: dict[int, tuple[int, list[int]]] = {}
     for name in storage.names(run.at("logs")):
@@ -192,9 +192,7 @@ def _compared(name: str, kills: int, in_saves: int, whole: Run, run: Run) -> Com
     difference = _relative(expected, found)
     lines, others = _lines(whole), _lines(run)
     same_steps = [line["step"] for line in lines] == [line["step"] for line in others]
-    return Comparison(
-        name, kills, in_saves, _taken(whole) == _taken(run), equal, difference, same_steps, lines == others
-    )
+    return Comparison(name, kills, in_saves, taken(whole) == taken(run), equal, difference, same_steps, lines == others)
 
 
 def _tensors(run: Run) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ import torch
 from tests.conftest import tensors_of
 from toolkit import storage
 from toolkit.cluster import slurm
-from toolkit.proof import NOT_OF_THE_JOB
+from toolkit.proof import NOT_OF_THE_JOB, taken
 from toolkit.run import Run
 
 STEPS, HELD_AT = 50, 25
@@ -354,6 +354,40 @@ def suffer(fault: Fault, folder: Path, expected: Outcome, **settings: Any) -> tu
         return took_s, lost
 
 
+WITHOUT_CHANCE = ("model.args.dropout=0.0", "log.samples=true")  # what is drawn a rank differs with their number
+WITHIN = 1e-5
+
+
+def shrink(folder: Path) -> tuple[float, float]:
+    """A job on one or two nodes loses one of two, and goes on with the other. Returns (seconds until the first new
+    step, the largest difference of a tensor to the undisturbed run's, by norms).
+    """
+    folder.mkdir()
+    whole = Scene(folder / "undisturbed", changes=WITHOUT_CHANCE)
+    whole.toolkit("train", "job.yaml", f"run.dir={whole.url}", *WITHOUT_CHANCE, "--processes", "4")
+    with scene_in(folder / "shrunk", nodes="1:2", changes=WITHOUT_CHANCE) as scene:
+        scene.hold()
+        scene.submit()
+        scene.wait_until_held()
+        start_s = time.monotonic()
+        try:
+            _node_kill(scene)
+            scene.release()
+            scene.wait_for(lambda: len(scene.starts()) > 1, "another start", STEP_S)
+            took_s = time.monotonic() - start_s
+            scene.wait_for_the_end()
+        finally:
+            _nodes_boot(scene)
+        assert (slurm.job_facts(scene.job_id) or scene).restarts == 0, "it was queued again"  # type: ignore[union-attr]
+        worlds = [attempt["hosts"] for attempt in scene.run.provenance()["attempts"]]
+        assert [len(hosts) for hosts in worlds] == [4, 2], worlds
+        assert taken(scene.run) == taken(whole.run), "other samples"
+        ours, theirs = scene.tensors(), whole.tensors()
+        worst = max(float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-12)) for name in ours)
+        assert worst <= WITHIN, worst
+        return took_s, worst
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="part of a fault's name")
@@ -364,6 +398,9 @@ def main() -> int:
     for fault in FAULTS:
         if given.only in fault.name and not fault.remote:
             failed += not _told(fault, folder / fault.name.replace(" ", "-"), expected)
+    if given.only in "shrink":
+        took_s, worst = shrink(folder / "shrink")
+        print(f"one of two nodes killed, --nodes 1:2: first new step after {took_s:.1f} s, weights within {worst:.1e}")
     if not failed:
         shutil.rmtree(folder)
     return min(failed, 1)

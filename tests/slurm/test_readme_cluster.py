@@ -21,7 +21,7 @@ LINES = [
 # Of the last block the testbed's own tests: here it is up, and others use it.
 TYPED = [words for words in LINES if words[0] in ("toolkit", "sbatch") and "runs/broken" not in " ".join(words)]
 RUNS = {"runs/digits_mlp": 3235, "runs/script": 3235} | {
-    f"runs/sweep/optimizer.args.lr={lr},run.seed={seed}": 162 for lr in ("1e-3", "3e-3") for seed in (0, 1)
+    f"runs/sweep/lr={lr},seed={seed}": 162 for lr in ("0.001", "0.003") for seed in (0, 1)
 }
 
 

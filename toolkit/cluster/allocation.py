@@ -49,6 +49,7 @@ class Allocation:
         return [host for host in self.hosts if host not in self.unfit][: self.plan.nodes.most]
 
     def attempt(self, folder: Path) -> Step:
+        self._forget_lost()
         hosts, environment = self.fit(), self.environment
         words = f"on {len(hosts)} node{'s' if len(hosts) > 1 else ''} ({', '.join(hosts)})"
         print(f"starting {self.plan.processes} ranks each {words}", flush=True)
@@ -64,11 +65,18 @@ class Allocation:
             additions=self.plan.additions,
         )
 
+    def _forget_lost(self) -> None:
+        """Slurm takes nodes that are down from a job, which --no-kill lets live."""
+        with suppress(slurm.SlurmError):
+            facts = slurm.job_facts(self.job_id)
+            if facts and set(facts.nodes) & set(self.hosts):
+                self.hosts = [host for host in self.hosts if host in facts.nodes]
+
     def after(self, failure: Failure) -> str:
         """Leave out a node that is dead, or has failed twice. Returns why no start is possible here, or nothing."""
         host = failure.host
         if not failure.blames_host or host not in self.hosts:
-            return ""
+            return self._too_few()
         self.failures[host] = self.failures.get(host, 0) + 1
         why = ""
         if self.failures[host] >= TWICE:
@@ -78,14 +86,16 @@ class Allocation:
             self.failures[host] = TWICE  # for the next job, too
         with suppress(OSError):  # a store that is away is complained of elsewhere
             storage.write(self.run.at("nodes.json"), json.dumps({"failures": self.failures}).encode(), durable=False)
-        if not why:
-            return ""
-        self.unfit.add(host)
-        print(f"node {host} is left out from now on: {why}", flush=True)
-        if len(left := self.fit()) < self.plan.nodes.least:
-            self.short = True
-            return f"{len(left)} of at least {self.plan.nodes.least} nodes are left"
-        return ""
+        if why:
+            self.unfit.add(host)
+            print(f"node {host} is left out from now on: {why}", flush=True)
+        return self._too_few()
+
+    def _too_few(self) -> str:
+        """Words on how many nodes are left, if those are not enough."""
+        self._forget_lost()
+        self.short = len(self.fit()) < self.plan.nodes.least
+        return f"{len(self.fit())} of at least {self.plan.nodes.least} nodes are left" if self.short else ""
 
     def _alive(self, host: str) -> bool:
         words = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--mem=0", "true"]

@@ -86,13 +86,15 @@ class Plan:
         )  # fmt: skip
 
     def options(self) -> dict[str, str | int | float | bool]:
-        """What sbatch is given, by the names of its options; True for those that take no value."""
+        """What sbatch is given, by the names of its options; True for those that take no value.
+
+        Nothing of tasks: with --ntasks-per-node Slurm takes the fewest nodes of a range, without it as many as it can.
+        """
         profile, nodes = self.profile, self.nodes
         memory_gb = profile.mem_gb(self.gpus)
         options = {
             "job-name": self.job.run.name,
             "nodes": f"{nodes.least}-{nodes.most}" if nodes.least < nodes.most else nodes.most,
-            "ntasks-per-node": 1,  # the agent, which starts the ranks: Slurm sees one task whatever torchrun does
             "cpus-per-task": profile.cpus(self.gpus),
             "gpus-per-node": self.gpus or None,
             "mem": f"{memory_gb * 1024:.0f}M" if memory_gb else None,
