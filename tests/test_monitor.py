@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -266,6 +267,17 @@ def test_follow_goes_on_across_attempts_until_the_run_is_over(workplace: Workpla
     finally:
         process.kill()
         process.communicate(timeout=30)
+
+
+def test_follow_has_the_last_words_which_come_after_the_status(tmp_path: Path) -> None:
+    run = make(str(tmp_path), "completed")
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs/attempt-1-rank-0.log"
+    log.write_text("one\n")
+    late = threading.Timer(1.0, log.write_text, ["one\nlast\n"])
+    late.start()
+    assert said(run.url, onwards=True) == "one\nlast\n"
+    late.join()
 
 
 def test_follow_ends_with_ctrl_c_and_when_nobody_reads(workplace: Workplace) -> None:

@@ -234,7 +234,7 @@ class Supervisor:
         with _complained():
             known = replace(failure, pulses=failure.pulses or look.pulses)
             postmortem.write(self.directory, postmortem.page(known, number, text, saved_step, then))
-            if (self.directory.status() or {"state": "failed"})["state"] in ("running", "failed"):
+            if (self.directory.status() or {"state": "failed"})["state"] in ("queued", "running", "failed"):
                 self.directory.mark("failed", reason=failure.line, exit=failure.exit)
         self.earlier, self.saved_step, self.failed_s, self.resumed_step = failure, saved_step, time.monotonic(), None
         where = storage.shown(self.directory.at("postmortem.md"))
