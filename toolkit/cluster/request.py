@@ -139,8 +139,9 @@ def supervised(
 
 
 def _in_job(profile: Profile, environment: Mapping[str, str]) -> Profile:
-    """The profile with the GPUs that the job has, where it does not say how many."""
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    if profile.gpus_per_node is None and gpus.isdecimal():
-        return profile.model_copy(update={"gpus_per_node": int(gpus)})
-    return profile
+    """The profile with the GPUs and CPUs that the job has on each node, which sbatch may have been told otherwise."""
+    cpus, gpus = environment.get("SLURM_CPUS_PER_TASK", ""), environment.get("SLURM_GPUS_ON_NODE", "")
+    has: dict[str, int | None] = {"cpus_per_gpu": None, "cpus_per_node": int(cpus) if cpus.isdecimal() else None}
+    if gpus.isdecimal() and profile.gpus_per_node != 0:
+        has["gpus_per_node"] = int(gpus)
+    return profile.model_copy(update=has)
