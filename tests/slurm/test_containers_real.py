@@ -81,12 +81,13 @@ def running(scene: Scene, *parts: str) -> list[dict[str, str]]:
 
 
 def test_it_runs_what_was_submitted_and_ends_as_outside(
-    place: Path, image: charliecloud.Image, expected: Outcome
+    place: Path, image: charliecloud.Image, expected: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with scene_in(place / "runs/snapshot") as scene:
         commit = committed(scene.folder)
-        scene.environment = {"AWS_SECRET_ACCESS_KEY": SECRET, "TMPDIR": str(scene.folder / "runs"), "PYTHONPATH": ""}
         (scene.folder / "runs").mkdir()
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        monkeypatch.setenv("TMPDIR", str(scene.folder / "runs"))
         scene.hold()
         scene.submit(*options(place, image))
         scene.wait_until_held()
@@ -149,7 +150,8 @@ def test_an_image_that_does_not_exist_is_named_and_not_tried_for_ever(place: Pat
     (place / "runs").mkdir(exist_ok=True)
     with scene_in(place / "runs/no-image") as scene:
         scene.submit(*options(place, image, str(ROOT), name="/images/none"))
-        scene.wait_for(lambda: (scene.run.status() or {}).get("state") == "failed" and not scene.in_queue(), "the end")
+        status = scene.run.status
+        scene.wait_for(lambda: (status() or {}).get("state") == "failed" and not scene.in_queue(), "the end", 180)
         page = storage.read(scene.run.at("postmortem.md")).decode()
         assert re.search(r"srun said:[^`]*/images/none: No such file or directory", page), page
         assert scene.said().count("starting 2 ranks each") <= 2
