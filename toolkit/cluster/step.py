@@ -30,7 +30,7 @@ from toolkit.pulse import Pulse
 SILENT_S = 15.0  # then a node is down, or cut off
 BEAT_S = 3.0  # so that agents know that somebody watches
 HELLO_S = 10.0
-DEATH_S, WHERE_S, END_S, SRUN_S = 10.0, 60.0, 40.0, 5.0  # how long an agent's answers, and srun's end, may take
+DEATH_S, WHERE_S, END_S, SRUN_S = 10.0, 60.0, 40.0, 3.0  # how long an agent's answers, and srun's end, may take
 _LOG = "srun.log"
 
 
@@ -260,9 +260,10 @@ class Step:
 
     def _end_srun(self) -> None:
         """It waits for ever for a task whose slurmstepd was killed, or for a node that is down."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(SRUN_S)
-            return
+        if all(node.over for node in self.nodes.values()):
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(SRUN_S)
+                return
         for step in {node.step for node in self.nodes.values()}:
             self.cancel(step)
         with suppress(subprocess.TimeoutExpired):
