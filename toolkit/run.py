@@ -123,7 +123,8 @@ class Run:
             self.lock.release()
             raise
         self._status = {"attempt": attempt, "boot_id": machine.get("boot_id"), "host": machine.get("host"),
-                        "pid": os.getpid()}  # fmt: skip
+                        "pid": os.getpid(), "slurm_job_id": machine.get("slurm_job_id"),
+                        "hosts": list(dict.fromkeys(machine.get("hosts", ())))}  # fmt: skip
         return attempt
 
     def refuse_drift(self, job: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
