@@ -142,6 +142,7 @@ def test_a_sweep_is_an_array_of_runs_of_which_one_can_be_cancelled(cluster: Clus
     long = 10**6
     place.run(
         *SUBMIT, "--gpus-per-node", "1", "--max-parallel", "2", "schedule.args.pause_s=0.002", "log.every_steps=1000",
+        "checkpoint.best={metric: val/accuracy, mode: max}",
         "--sweep", f"train.max_steps={long},20,40,60,80,100",
     )  # fmt: skip
     runs = {steps: f"runs/job/max_steps={steps}" for steps in (long, 20, 40, 60, 80, 100)}
@@ -156,10 +157,9 @@ def test_a_sweep_is_an_array_of_runs_of_which_one_can_be_cancelled(cluster: Clus
     by_run = {Path(one["run"]).name: one for one in table}
     states = {steps: by_run[Path(run).name]["state"] for steps, run in runs.items()}
     assert states == {long: "cancelled"} | dict.fromkeys((20, 40, 60, 80, 100), "completed")
-    assert [one["step"] for one in table if one["state"] == "completed"]
     ranked = [one["best"] for one in table if one["best"] is not None]
-    assert len(ranked) >= 5
-    assert ranked == sorted(ranked, reverse="accuracy" in table[0]["metric"])
+    assert len(set(ranked)) > 1
+    assert ranked == sorted(ranked, reverse=True), "the best is not the first"
     log = Path(json.loads((place.folder / runs[long] / "submitted.json").read_text())["log"]).read_text()
     assert "is queued again" not in log
 
@@ -172,8 +172,8 @@ def test_however_often_status_is_asked_slurm_is_asked_once_in_10_s(cluster: Clus
 
     def ask() -> None:
         command = [*words, sys.executable, "-m", "toolkit", "status", "runs/job"]
-        shown = words_of(*command, cwd=place.folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
-        assert shown.count("it may not begin yet") == 6, shown
+        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "TMPDIR": str(place.folder)}
+        assert words_of(*command, cwd=place.folder, env=environment).count(" queued ") == 6
 
     ask()
     once, start_s = rpcs_of(user), time.monotonic()
