@@ -42,7 +42,7 @@ def srun(plan: Plan, *hosts: str, binds: tuple[str, ...] = ()) -> list[str]:
 def test_one_node_without_gpus_leaves_the_rest_to_slurm(job: Any) -> None:
     plan = Plan(job, Profile(), Nodes())
     assert plan.options() == {
-        "job-name": "digits", "nodes": 1, "ntasks-per-node": 1, "signal": "B:USR2@120", "requeue": True,
+        "job-name": "digits", "nodes": 1, "signal": "B:USR2@120", "requeue": True,
     }  # fmt: skip
     assert srun(plan, "n1") == [
         *SRUN, "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--nodelist=n1", sys.executable, *AGENT,
@@ -58,7 +58,7 @@ def test_a_range_of_nodes_with_gpus(job: Any) -> None:
     )  # fmt: skip
     plan = Plan(job, profile, Nodes(1, 4))
     assert plan.options() == {
-        "job-name": "digits", "nodes": "1-4", "ntasks-per-node": 1, "cpus-per-task": 32, "gpus-per-node": 4,
+        "job-name": "digits", "nodes": "1-4", "cpus-per-task": 32, "gpus-per-node": 4,
         "mem": "247808M", "time": 90, "partition": "a100,h100", "account": "vision", "qos": "low",
         "constraint": "ib&a100", "signal": "B:USR2@60", "requeue": True, "no-kill": True, "exclusive": True,
         "mail-type": "FAIL", "nice": 10, "comment": "it's ours",

@@ -138,8 +138,9 @@ def supervised(
 
 
 def _in_job(profile: Profile, environment: Mapping[str, str]) -> Profile:
-    """The profile with the GPUs that the job has, where it does not say how many."""
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    if profile.gpus_per_node is None and gpus.isdecimal():
-        return profile.model_copy(update={"gpus_per_node": int(gpus)})
-    return profile
+    """The profile with the GPUs and CPUs that the job has, be it that `sbatch` was told otherwise."""
+    gpus, cpus = environment.get("SLURM_GPUS_ON_NODE", ""), environment.get("SLURM_CPUS_PER_TASK", "")
+    has: dict[str, Any] = {"cpus_per_gpu": None, "cpus_per_node": int(cpus) if cpus.isdecimal() else None}
+    if gpus.isdecimal():
+        has["gpus_per_node"] = int(gpus)
+    return profile.model_copy(update=has)
