@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import DIGITS, ROOT
 from tests.slurm import charliecloud
 from toolkit.cluster.containers import RUNTIMES, additions, handed_in, wrapped
+from toolkit.cluster.plan import Nodes, Plan
+from toolkit.cluster.profile import Profile
+from toolkit.config import load_job
 from toolkit.errors import JobError
 
 COMMAND = ["python3", "-m", "toolkit", "train", "a b.yaml"]
@@ -141,6 +144,53 @@ def test_an_image_that_cannot_be_is_refused(runtime: str, image: str, told: str)
 def test_images_that_pyxis_knows_are_left_as_they_are(image: str) -> None:
     (flag, *_), _ = typed(Container("pyxis"), image)
     assert flag == f"--container-image={image}"
+
+
+STEP = (
+    "srun --overlap --kill-on-bad-exit=1 --mpi=none --cpu-bind=none --export=ALL --nodes=2 --ntasks=2 "
+    "--ntasks-per-node=1 --nodelist=a1,a2 --cpus-per-task=24"
+)
+NAMED = (
+    "AWS_SECRET_ACCESS_KEY,NCCL_DEBUG,PYTHONPATH,TOOLKIT_CODE,TOOLKIT_IMAGE,TOOLKIT_SUPERVISOR,TOOLKIT_SUPERVISOR_TOKEN"
+)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "image", "typed"),
+    [
+        (
+            "pyxis",
+            "nvcr.io#nvidia/pytorch:26.01-py3",
+            f"{STEP} --container-image=nvcr.io#nvidia/pytorch:26.01-py3 "
+            "--container-mounts=/data:/datasets,/home/me:/home/me,/scratch:/scratch --container-workdir=/home/me "
+            f"--no-container-mount-home --container-env={NAMED} --container-writable python3 -m toolkit.cluster.agent",
+        ),
+        (
+            "apptainer",
+            "/images/torch.sif",
+            f"{STEP} apptainer exec --nv --no-home --bind /data:/datasets --bind /home/me:/home/me "
+            "--bind /scratch:/scratch --pwd /home/me --writable /images/torch.sif python3 -m toolkit.cluster.agent",
+        ),
+        (
+            "charliecloud",
+            "/images/torch",
+            f"{STEP} env -u TMPDIR ch-run --bind=/data:/datasets --bind=/home/me:/home/me --bind=/scratch:/scratch "
+            "--cd=/home/me --write /images/torch -- python3 -m toolkit.cluster.agent",
+        ),
+    ],
+)
+def test_the_whole_step_of_a_job_in_containers(tmp_path: Path, runtime: str, image: str, typed: str) -> None:
+    (tmp_path / "job.yaml").write_text(DIGITS)
+    more = {"pyxis": "--container-writable", "apptainer": "--writable", "charliecloud": "--write"}[runtime]
+    container = {"runtime": runtime, "mounts": ["/data:/datasets", "/scratch"], "args": [more]}
+    profile = {"gpus_per_node": 2, "cpus_per_gpu": 12, "env": {"NCCL_DEBUG": "WARN"}, "container": container}
+    job = load_job(str(tmp_path / "job.yaml"), ["run.dir=/scratch/runs/me"], {})
+    plan = Plan(job, Profile.model_validate(profile), Nodes(2, 2), image)
+    outside = {"PYTHONPATH": "/snapshot", "TOOLKIT_CODE": "/snapshot", "AWS_SECRET_ACCESS_KEY": "hunter2", "USER": "me"}
+    assert " ".join(plan.srun(["a1", "a2"], ["/scratch/runs/me", "/home/me"], "/home/me", outside)) == typed
+    added = plan.additions(outside)
+    assert added["TOOLKIT_IMAGE"] == image
+    assert added.get("APPTAINERENV_TOOLKIT_IMAGE") == (image if runtime == "apptainer" else None)
 
 
 @pytest.fixture(scope="module")

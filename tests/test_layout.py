@@ -66,20 +66,21 @@ MAY_IMPORT = {
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
     "supervisor": LEAVES
     | {"run", "lock", "storage", "config", "signals", "attempt", "node", "stacks", "logs"}
-    | {"watchdog", "postmortem", "deaths"},
+    | {"watchdog", "postmortem", "verdict"},
+    "verdict": LEAVES | {"attempt", "watchdog", "stacks", "postmortem", "deaths"},
     "cluster": LEAVES
     | {"storage", "config", "run", "lock", "provenance", "signals"}
     | {"attempt", "node", "postmortem", "supervisor"},
 }
-ROOTS = {"session", "cli", "__init__", "__main__"}
+ROOTS = {"session", "cli", "commands", "__init__", "__main__"}
 DOORS = {
     "yaml": {"config"},
     "fsspec": {"storage"},
     "submitit": {"cluster"},
     "safetensors": {"checkpoint"},
-    "typer": {"cli"},
+    "typer": {"cli", "commands"},
 }
-READS_ENVIRONMENT = {"cli", "notebook", "world", "cluster"}
+READS_ENVIRONMENT = {"cli", "commands", "notebook", "world", "cluster"}
 
 
 def _part(path: Path) -> str:

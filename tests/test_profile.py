@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from toolkit.cluster.profile import load_profile
 from toolkit.errors import JobError
 
@@ -86,3 +87,8 @@ def test_a_missing_file_names_the_profiles_there_are(tmp_path: Path) -> None:
     assert f"did you mean {tmp_path}/small.yaml? profiles there: {tmp_path}/big.yaml, " in str(caught.value)
     with pytest.raises(JobError, match="has no profiles"):
         load_profile(str(tmp_path / "none" / "x.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "slurm").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_profiles_that_come_with_it_are_right(path: Path) -> None:
+    load_profile(str(path))

@@ -174,6 +174,13 @@ def test_a_controller_that_is_away_is_waited_for(fake: Fake, said: str) -> None:
     assert len(calls(noted)) == 3
 
 
+def test_a_requeue_is_tried_until_the_controller_is_back(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = fake("scontrol", err=AWAY, status=1)
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: fake("scontrol", TASK))
+    assert slurm.requeue("2_0", 0) == slurm.REQUEUED
+    assert [call.split()[2] for call in calls(noted)] == ["show", "show", "requeue"]
+
+
 def test_commands_that_are_missing_refuse_or_hang_are_told_apart(fake: Fake) -> None:
     with pytest.raises(slurm.NoSlurmError, match="no squeue here"):
         slurm.ask("squeue")

@@ -256,7 +256,7 @@ def test_who_was_taken_over_tells_nothing_any_more(tmp_path: Path, opened: Opens
 
 def test_a_run_whose_rank_is_gone_can_be_marked_as_failed(url: str, opened: Opens) -> None:
     opened(url).set_status("running", step=3)
-    Run(url).ended("failed", "rank 1 was killed", 1)
+    Run(url).mark("failed", reason="rank 1 was killed", exit=1)
     status = Run(url).status()
     assert [status[key] for key in ("state", "step", "reason", "exit")] == ["failed", 3, "rank 1 was killed", 1]
 

@@ -1,14 +1,10 @@
-"""Commands.
-
-Each is a few lines that call a function of another module, imported when the command is run: `--help` imports no torch.
-"""
+"""The `toolkit` command: `train`, and how every command ends. The others are in toolkit/commands/."""
 
 import atexit
 import json
 import os
 import sys
 import traceback
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -16,6 +12,8 @@ import typer
 from rich.console import Console
 
 import toolkit
+from toolkit.commands import cluster, runs
+from toolkit.commands.options import Debug, JobFile, Overrides
 from toolkit.config import Job, load_job
 from toolkit.errors import JobError, RunError
 
@@ -27,13 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-JobFile = Annotated[str, typer.Argument(metavar="JOB", help="the job file, such as jobs/digits_mlp.yaml")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the job, such as train.epochs=3")
-]
-RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="the run's directory or URL")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
 @app.command()
@@ -86,216 +77,6 @@ def _train_as_rank(config: Job) -> int:
     return 0 if result.state == "completed" else 75
 
 
-class Executor(StrEnum):
-    """Who `toolkit submit` hands a job to."""
-
-    SLURM = "slurm"
-    LOCAL = "local"
-
-
-ClusterFile = Annotated[str, typer.Option(metavar="FILE", help="cluster profile, such as slurm/testbed.yaml")]
-NodeCount = Annotated[str, typer.Option(metavar="N|MIN:MAX", help="nodes; of a range as many as there are")]
-Image = Annotated[str, typer.Option(metavar="IMAGE", help="container image that the ranks run in")]
-
-
-@app.command()
-def submit(
-    job: JobFile,
-    overrides: Overrides = None,
-    cluster: ClusterFile = "",
-    executor: Annotated[Executor, typer.Option(help="Slurm, or this machine, in the background")] = Executor.SLURM,
-    nodes: NodeCount = "1",
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="and as many ranks; over the profile's")] = None,
-    partition: Annotated[str, typer.Option(help="over the profile's, as are those that follow")] = "",
-    account: Annotated[str, typer.Option(help="who pays")] = "",
-    qos: Annotated[str, typer.Option(help="quality of service")] = "",
-    time: Annotated[
-        int | None, typer.Option(metavar="MIN", min=1, help="minutes until it is saved and requeued")
-    ] = None,
-    container: Image = "",
-    sweep: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=A,B,C", help="a run for each value; repeated: for each pair")
-    ] = None,
-    max_parallel: Annotated[int | None, typer.Option(min=1, help="runs of a sweep at a time")] = None,
-    snapshot: Annotated[bool, typer.Option(help="set the code aside, as it is now")] = True,
-    wait: Annotated[bool, typer.Option("--wait", help="show its log, and end as it ends")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the script and commands; write nothing")] = False,
-    debug: Debug = False,
-) -> None:
-    """Hand a job to Slurm, or to this machine in the background; it survives whatever ends it, and resumes."""
-    from toolkit.cluster.request import Request, submitted
-
-    def screen(config: Job) -> None:
-        from toolkit.screening import screen as screened
-
-        screened(config)
-
-    asked = {"gpus_per_node": gpus_per_node, "partition": partition, "account": account, "qos": qos, "time_min": time}
-    request = Request(
-        job, list(overrides or []), cluster, executor.value, nodes, asked, container, list(sweep or []), max_parallel,
-        snapshot,
-    )  # fmt: skip
-    raise typer.Exit(submitted(request, os.environ, screen, dry_run, wait))
-
-
-@app.command()
-def supervise(
-    job: JobFile,
-    overrides: Overrides = None,
-    cluster: ClusterFile = "",
-    nodes: NodeCount = "",
-    container: Image = "",
-    debug: Debug = False,
-) -> None:
-    """Inside a Slurm job (sbatch, salloc): run a job's ranks over its nodes, watch them, have the job queued again."""
-    from toolkit.cluster.request import supervised
-
-    raise typer.Exit(supervised(job, list(overrides or []), cluster, nodes, container, os.environ))
-
-
-@app.command()
-def evaluate(
-    run: RunUrl,
-    checkpoint: Annotated[str, typer.Option(help="best, last or a step")] = "last",
-    split: Annotated[str, typer.Option(help="val or test")] = "test",
-    debug: Debug = False,
-) -> None:
-    """Exact metrics of one checkpoint of a run, as one line of JSON."""
-    from toolkit.evaluation import evaluate as evaluated
-
-    print(json.dumps(evaluated(_job_of(run), run, checkpoint, split)))
-
-
-class Action(StrEnum):
-    """What `toolkit checkpoints` can do."""
-
-    LS = "ls"
-    VERIFY = "verify"
-    PRUNE = "prune"
-    EXPORT = "export"
-    SAVE_NOW = "save-now"
-
-
-@app.command()
-def checkpoints(
-    run: RunUrl,
-    action: Annotated[
-        Action,
-        typer.Argument(
-            help="list them; read every byte of all; remove what checkpoint.keep does not keep; "
-            "write a model as safetensors; have a running run save"
-        ),
-    ] = Action.LS,
-    checkpoint: Annotated[str, typer.Option(help="verify, export: best, last or a step")] = "",
-    to: Annotated[str, typer.Option(metavar="FILE", help="export: default model.safetensors in the run")] = "",
-    raw: Annotated[bool, typer.Option("--raw", help="export: the weights as trained, not their average (EMA)")] = False,
-    timeout_s: Annotated[float, typer.Option(min=1, help="save-now: how long to wait for the save")] = 300,
-    debug: Debug = False,
-) -> None:
-    """List, verify, prune or export a run's checkpoints, or have one saved now."""
-    from toolkit import inspection
-
-    job = _job_of(run)
-    if action == Action.LS:
-        inspection.list_all(run, job, Console())
-    elif action == Action.VERIFY:
-        raise typer.Exit(inspection.verify(run, job, checkpoint, Console()))
-    elif action == Action.PRUNE:
-        inspection.prune(run, job, Console())
-    elif action == Action.EXPORT:
-        inspection.export_model(run, job, checkpoint or "last", to, not raw, Console())
-    else:
-        inspection.save_now(run, timeout_s, Console())
-
-
-@app.command()
-def fork(
-    run: RunUrl,
-    overrides: Overrides = None,
-    at: Annotated[str, typer.Option(metavar="STEP", help="a step, best or last")] = "last",
-    debug: Debug = False,
-) -> None:
-    """Make a new run from a checkpoint of another, with a changed job; start it with `toolkit train`."""
-    from toolkit.fork import fork as forked
-
-    print(forked(run, at, list(overrides or []), os.environ))
-
-
-@app.command()
-def verify_resume(
-    job: JobFile,
-    overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(min=1, help="ranks of the undisturbed run")] = 1,
-    other: Annotated[int, typer.Option(min=1, help="ranks for the second comparison")] = 2,
-    kills: Annotated[int, typer.Option(min=1, help="kill -9 in each disturbed run")] = 3,
-    seed: Annotated[int, typer.Option(help="decides when the kills come")] = 0,
-    folder: Annotated[
-        str, typer.Option("--in", metavar="DIR", help="keep the runs here; default: a folder that goes")
-    ] = "",
-    debug: Debug = False,
-) -> None:
-    """Prove on your own job that kill -9 and resume change nothing: samples, weights and metrics are compared."""
-    from toolkit.proof import Plan, prove
-
-    plan = Plan(job, tuple(overrides or ()), processes, other, kills, seed)
-    raise typer.Exit(prove(plan, load_job(job, overrides or (), os.environ), folder, os.environ, Console()))
-
-
-@app.command()
-def status(
-    where: Annotated[str, typer.Argument(metavar="[RUN|ROOT]", help="a run, or what runs lie in")] = "runs",
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
-    debug: Debug = False,
-) -> None:
-    """How a run is doing, or all runs in a directory, the best first; why it waits, if it does."""
-    from toolkit.cluster.report import show
-
-    show(where, as_json, Console())
-
-
-@app.command()
-def logs(
-    run: RunUrl,
-    rank: Annotated[int, typer.Option(min=0, help="whose log")] = 0,
-    attempt: Annotated[int | None, typer.Option(min=1, help="default: the newest")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run is over")] = False,
-    debug: Debug = False,
-) -> None:
-    """What a rank of a run says."""
-    from toolkit.cluster.logs import show
-
-    raise typer.Exit(show(run, rank, attempt, follow))
-
-
-@app.command()
-def cancel(
-    run: RunUrl,
-    timeout_s: Annotated[float, typer.Option(min=1, help="how long to wait for its end")] = 300,
-    now: Annotated[bool, typer.Option("--now", help="end it at once, without saving")] = False,
-    debug: Debug = False,
-) -> None:
-    """Take a waiting run from the queue, or have a running one save everything and end; it is not started again."""
-    from toolkit.cluster.cancel import cancel as cancelled
-
-    cancelled(run, timeout_s, now, print)
-
-
-def _job_of(run: str) -> Job:
-    """The job that a run was made for."""
-    from toolkit import storage
-    from toolkit.config import job_from_text
-
-    url = storage.join(run, "config.yaml")
-    try:
-        text = storage.read(url).decode()
-    except (FileNotFoundError, NotADirectoryError):
-        where, remedy = storage.shown(run), "give the directory of a run, such as runs/digits_mlp"
-        raise JobError(f"{where} is no run: it has no config.yaml; {remedy}") from None
-    except OSError as error:
-        raise JobError(f"{storage.shown(run)} cannot be read: {error}") from None
-    return job_from_text(text, url, (), os.environ)
-
-
 @app.command()
 def schema() -> None:
     """The JSON Schema of the job file."""
@@ -315,6 +96,11 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+for command in (cluster.submit, cluster.status, cluster.logs, cluster.cancel, runs.evaluate, runs.checkpoints,
+                runs.fork, runs.verify_resume, cluster.supervise):  # fmt: skip
+    app.command()(command)
 
 
 def main() -> None:

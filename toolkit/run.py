@@ -122,9 +122,8 @@ class Run:
         except JobError:
             self.lock.release()
             raise
-        self._status = {"attempt": attempt, "boot_id": machine.get("boot_id"), "host": machine.get("host"),
-                        "pid": os.getpid(), "slurm_job_id": machine.get("slurm_job_id"),
-                        "hosts": list(dict.fromkeys(machine.get("hosts", ())))}  # fmt: skip
+        told = ("boot_id", "host", "hosts", "slurm_job_id")
+        self._status = {"attempt": attempt, "pid": os.getpid()} | {key: machine.get(key) for key in told}
         return attempt
 
     def refuse_drift(self, job: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:

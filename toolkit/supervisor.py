@@ -3,7 +3,6 @@ starts them again from the newest checkpoint. Never imports torch.
 """
 
 import contextlib
-import re
 import signal
 import sys
 import time
@@ -11,25 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from toolkit import node, postmortem, storage, watchdog
 from toolkit.attempt import Attempt, Look
 from toolkit.config import Job
-from toolkit.deaths import killed
 from toolkit.errors import JobError
 from toolkit.lock import holder_of, newest_claim
 from toolkit.logs import KeptLogs
 from toolkit.postmortem import AGAIN, Failure
 from toolkit.process import be_subreaper
-from toolkit.pulse import Pulse
 from toolkit.run import CANCEL, COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
-from toolkit.stacks import STOPPED
+from toolkit.verdict import WELL, Outcome, in_words, of_death, of_hang, of_lost
 
 _POLL_S = 0.1
 _SUSPENDED_S = 5.0  # between two looks, if all of this has stood still: nobody is late for that
-_WELL = (0, 75)
 
 
 def supervise(job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
@@ -43,7 +39,7 @@ def supervise(job: Job, words: Sequence[str], processes: int, environment: Mappi
     signals = StopSignals(at_second_interrupt=_interrupt).listen()
     be_subreaper()
     try:
-        return Supervisor(job, words, environment, signals, Here(processes)).run()
+        return Supervisor(job, words, environment, signals, Here(processes)).run().status
     except KeyboardInterrupt:
         print(f"left at once; what came after the newest checkpoint is lost; {AGAIN}", file=sys.stderr)
         return 1
@@ -84,14 +80,6 @@ class Here:
         return ""
 
 
-class Outcome(NamedTuple):
-    """How an attempt ended: the exit status, words for the user, and what failed if something did."""
-
-    status: int
-    message: str = ""
-    failure: Failure | None = None
-
-
 class _LastWords:
     """What the ranks have said of their end, and since when: torchrun may take half a minute to end the others."""
 
@@ -104,7 +92,7 @@ class _LastWords:
         """Whether nothing better is to be waited for."""
         now_s = time.monotonic()
         exits = [note["exit"] for note in look.notes.values() if "exit" in note]
-        if any(status not in _WELL for status in exits):
+        if any(status not in WELL for status in exits):
             self.failed_s = min(self.failed_s, now_s)
         if len(exits) == processes:
             self.complete_s = min(self.complete_s, now_s)
@@ -140,15 +128,15 @@ class Supervisor:
         self.failed_s: float | None = None  # when the last attempt failed, until the next has taken a step
         self.resumed_step: int | None = None
 
-    def run(self) -> int:
-        """Returns the exit status of the whole."""
+    def run(self) -> Outcome:
+        """How the last attempt ended, whose exit status is that of the whole."""
         while True:
             with node.new_folder() as folder:
                 outcome, goes_on = self._attempted(self.place.attempt(folder))
             if outcome.message:  # of the command, an error only if it ends with it
                 print(outcome.message, file=sys.stdout if goes_on else sys.stderr, flush=True)
             if not goes_on:
-                return outcome.status
+                return outcome
 
     def _attempted(self, attempt: Attempt) -> tuple[Outcome, bool]:
         """(how one attempt ended, whether to start another)."""
@@ -160,7 +148,7 @@ class Supervisor:
         finally:
             self.undead = attempt.end()
         look = attempt.look()
-        outcome = outcome or _in_words(attempt, look)
+        outcome = outcome or in_words(attempt, look)
         number: int | None = (int(before["attempt"]) if before else 0) + 1  # unless the store says otherwise
         with _complained():
             number = self._number(look, before)
@@ -186,14 +174,14 @@ class Supervisor:
                 told = True
             final = words.are_final(look, attempt.processes)
             if look.lost and not final:
-                return _lost(look)
+                return of_lost(look)
             if look.gone:
-                death = _death(attempt, look)
+                death = of_death(attempt, look)
                 return None if words.explain(death) else death
             if final:
                 return None
             if watchdog.overdue(look, attempt.processes, self.limits, since_s):
-                return _hang(watchdog.examine(attempt, look, self.limits, since_s), look)
+                return of_hang(watchdog.examine(attempt, look, self.limits, since_s), look)
             self._report_first_step(look)
             logs.keep(partial(self._claimed, look))
             time.sleep(_POLL_S)
@@ -234,7 +222,7 @@ class Supervisor:
         with _complained():
             known = replace(failure, pulses=failure.pulses or look.pulses)
             postmortem.write(self.directory, postmortem.page(known, number, text, saved_step, then))
-            if (self.directory.status() or {"state": "failed"})["state"] in ("running", "failed"):
+            if (self.directory.status() or {"state": "failed"})["state"] in ("queued", "running", "failed"):
                 self.directory.mark("failed", reason=failure.line, exit=failure.exit)
         self.earlier, self.saved_step, self.failed_s, self.resumed_step = failure, saved_step, time.monotonic(), None
         where = storage.shown(self.directory.at("postmortem.md"))
@@ -264,66 +252,6 @@ class Supervisor:
         with _complained():
             return any(storage.exists(self.directory.at("requests", wish)) for wish in (STOP, CANCEL))
         return False
-
-
-def _in_words(attempt: Attempt, look: Look) -> Outcome:
-    """How an attempt ended whose ranks have all said so; of those that failed, the first."""
-    notes = look.notes
-    failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note.get("exit", 0) not in _WELL)
-    if failed:
-        rank = failed[0][1]
-        message = notes[rank]["message"]
-        if notes[rank]["exit"] == 2:
-            return Outcome(2, message)
-        if notes[rank]["blamed"] is not None:  # all say the same, at the same moment
-            rank = notes[rank]["blamed"]
-        beat = look.pulses.get(rank, Pulse())
-        kind = re.sub(r"\d+", "N", postmortem.first_line(message))  # a pid is another each time
-        return _failed(Failure(f"rank {rank}:", kind, message, f"mend it; {AGAIN}", beat, rank, look.host(rank)))
-    if len(notes) < attempt.processes:
-        said = attempt.said_by_torchrun()[-2000:]
-        cause = f"only {len(notes)} of {attempt.processes} ranks started; torchrun said:\n{said}"
-        return _failed(Failure("torchrun:", "start", cause, "see what it said", Pulse()))
-    if mute := [rank for rank, note in notes.items() if "exit" not in note]:
-        cause = f"has ended with status {look.torchruns}, and rank {mute[0]} has not, nor said why"
-        return _failed(Failure("torchrun", "end", cause, AGAIN, Pulse()))
-    return Outcome(max(note["exit"] for note in notes.values()))
-
-
-def _death(attempt: Attempt, look: Look) -> Outcome:
-    """A rank is dead and has left no word; or torchrun is, and the ranks have followed it."""
-    rank = look.gone[0]
-    death, host = attempt.death(rank), look.host(rank)
-    kind, cause, remedy = killed(death.signal, death.evidence)
-    if death.torchrun:
-        who, beat = f"torchrun (pid {death.torchrun})", Pulse()
-    else:
-        who, beat = f"rank {rank} (pid {look.notes[rank]['pid']})", look.pulses.get(rank, Pulse())
-    blamed = None if death.torchrun else rank
-    return _failed(Failure(who, kind, cause, remedy, beat, blamed, host, blames_host=not death.evidence))
-
-
-def _lost(look: Look) -> Outcome:
-    """A node is out of sight, with all its ranks."""
-    host, cause = next(iter(look.lost.items()))
-    beat = max(look.pulses.values(), key=lambda beat: beat.step, default=Pulse())
-    remedy = f"if that was not you: ask the cluster's staff about node {host}; {AGAIN}"
-    return _failed(Failure(f"node {host}", f"node {host}", cause, remedy, beat, None, host, blames_host=True))
-
-
-def _hang(hang: watchdog.Hang, look: Look) -> Outcome:
-    phase = hang.pulse.phase
-    cause = f"gave no sign of life for {hang.silent_s:.1f} s in phase {phase}, whose limit is {hang.limit_s:g} s: "
-    cause += f"it is {hang.state}" + (f", at {hang.where}" if hang.where else "")
-    remedy = f"read logs/*-stacks.log; if all is well and it only takes longer, raise launch.limits.{phase}_s"
-    if hang.state == STOPPED:
-        remedy = "somebody has stopped it (SIGSTOP, a debugger, a suspended machine); " + AGAIN
-    who, kind, host = f"rank {hang.rank}", f"hang in {phase}", look.host(hang.rank)
-    return _failed(Failure(who, kind, cause, remedy, hang.pulse, hang.rank, host, pulses=hang.pulses, blames_host=True))
-
-
-def _failed(failure: Failure) -> Outcome:
-    return Outcome(failure.exit, failure.line, failure)
 
 
 @contextlib.contextmanager

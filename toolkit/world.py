@@ -62,7 +62,7 @@ def describe() -> dict[str, Any]:
         "pid": os.getpid(),
         "boot_id": _kernel_says(lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()),
         "pid_namespace": _kernel_says(lambda: os.readlink("/proc/self/ns/pid")),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job_id": _slurm_job(),
         "slurm_restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "image": os.environ.get("TOOLKIT_IMAGE") or os.environ.get("APPTAINER_CONTAINER"),
         "image_commit": os.environ.get("TOOLKIT_IMAGE_COMMIT"),  # of the code that lies in it; a snapshot's goes before
@@ -71,6 +71,12 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _slurm_job() -> str | None:
+    """As Slurm's commands take it: SLURM_JOB_ID of one of an array's tasks is that of the whole array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _kernel_says(read: Callable[[], str]) -> str | None:

@@ -33,6 +33,7 @@ if str(ROOT) not in sys.path:  # as a script
 import torch
 
 from tests.conftest import tensors_of
+from tests.store import servers
 from toolkit import storage
 from toolkit.cluster import slurm
 from toolkit.proof import NOT_OF_THE_JOB, taken
@@ -73,6 +74,7 @@ checkpoint: {{every_steps: 10, every_min: null, keep: 10}}
 log:        {{every_steps: 1}}
 """
 END_S, STEP_S = 180.0, 120.0
+HEAD = "10.77.0.1"  # of the test bed's own network, on which the nodes are, too
 BED = ROOT / "slurm/testbed/cluster"
 PROFILE = ROOT / "slurm/testbed.yaml"
 
@@ -94,7 +96,8 @@ class Scene:
         self.folder, self.nodes, self.changes = folder, nodes, changes
         self.url = run or str(folder / "runs/job")
         self.run = Run(self.url)
-        self.environment: dict[str, str] = {}
+        self.profile = folder / "cluster.yaml"
+        self.profile.write_text(PROFILE.read_text() + (f"scratch: {folder}/scratch\n" if run else ""))
         self.job_id = ""
         self.released_s = 0.0
 
@@ -102,7 +105,7 @@ class Scene:
         """`toolkit WORDS` as a user types it; what it says."""
         ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, "-m", "toolkit", *words], cwd=self.folder, env=os.environ | ours | self.environment,
+            [sys.executable, "-m", "toolkit", *words], cwd=self.folder, env=os.environ | ours,
             capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
         assert done.returncode == status, f"{words}: exit {done.returncode}\n{done.stdout}{done.stderr}"
@@ -110,7 +113,7 @@ class Scene:
 
     def submit(self, *options: str) -> None:
         words = ["submit", "job.yaml", f"run.dir={self.url}", *self.changes]
-        self.toolkit(*words, "--cluster", str(PROFILE), "--nodes", self.nodes, *options)
+        self.toolkit(*words, "--cluster", str(self.profile), "--nodes", self.nodes, *options)
         self.job_id = json.loads(storage.read(self.run.at("submitted.json")))["job_id"]
 
     def hold(self, step: int = HELD_AT, ranks: int = 4) -> None:
@@ -298,6 +301,17 @@ class Outcome:
         return equal and self.metrics == other.metrics
 
 
+@contextlib.contextmanager
+def store_of_all_nodes(folder: Path) -> Iterator[str]:
+    """The URL of a new run on an S3 server that all nodes reach, and this process, too."""
+    with (
+        servers.S3Server(folder) as server,
+        servers.FaultProxy(server, address=HEAD) as proxy,
+        servers.used(proxy.environment),
+    ):
+        yield proxy.fresh_url()
+
+
 def undisturbed(folder: Path, processes: int = 4) -> Outcome:
     """What the run comes to on this machine, without Slurm."""
     scene = Scene(folder)
@@ -359,8 +373,8 @@ WITHIN = 1e-5
 
 
 def shrink(folder: Path) -> tuple[float, float]:
-    """A job on one or two nodes loses one of two, and goes on with the other. Returns (seconds until the first new step,
-    the largest difference of a tensor to the undisturbed run's, by norms).
+    """A job on one or two nodes loses one of two, and goes on with the other. Returns (seconds until the first new
+    step, the largest difference of a tensor to the undisturbed run's, by norms).
     """
     folder.mkdir()
     whole = Scene(folder / "undisturbed", changes=WITHOUT_CHANCE)
@@ -396,7 +410,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="toolkit-cluster-", dir="/var/tmp"))
     expected = undisturbed(folder / "undisturbed")
     for fault in FAULTS:
-        if given.only in fault.name and not fault.remote:
+        if given.only in fault.name:
             failed += not _told(fault, folder / fault.name.replace(" ", "-"), expected)
     if given.only in "shrink":
         took_s, worst = shrink(folder / "shrink")
@@ -409,7 +423,8 @@ def main() -> int:
 def _told(fault: Fault, folder: Path, expected: Outcome) -> bool:
     """Whether a fault is survived; says so in one line."""
     try:
-        took_s, lost = suffer(fault, folder, expected)
+        with store_of_all_nodes(folder.parent / "s3") if fault.remote else contextlib.nullcontext("") as run:
+            took_s, lost = suffer(fault, folder, expected, run=run)
     except Exception:
         print(f"{fault.name}: FAILED\n{traceback.format_exc()}", flush=True)
         return False

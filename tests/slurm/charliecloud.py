@@ -4,7 +4,7 @@
 
     wrapped([image.python, "-c", "import torch"], container, image.folder, [str(ROOT)], names, workdir)
 
-`image.mounts` must be among the container's mounts.
+`image.mounts` must be among the container's mounts. It has this machine's commands, but not Slurm's.
 """
 
 import os
@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDERS = ("dev", "proc", "sys", "tmp", "run", "mnt", "etc", "usr", "var/tmp")  # ch-run asks for the first four
+FOLDERS = ("dev", "proc", "sys", "tmp", "run", "mnt", "etc", "var/tmp", "ch")  # ch-run asks for the first four
+SLURM = "sacct sacctmgr salloc sattach sbatch sbcast scancel scontrol sdiag sinfo sprio squeue srun sstat".split()
 LINKS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")  # into /usr, on every distribution of today
 
 
@@ -24,7 +25,7 @@ LINKS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")  # into /usr, on ever
 class Image:
     folder: str
     python: str
-    mounts: tuple[str, ...] = ("/usr",)
+    mounts: tuple[str, ...]
 
 
 def install() -> None:
@@ -48,6 +49,7 @@ def image(root: Path, *places: str) -> Iterator[Image]:
     """
     for name in (*FOLDERS, *(place.lstrip("/") for place in places)):
         (root / name).mkdir(parents=True, exist_ok=True)
+    mounts = _usr(root / "usr")
     for name in LINKS:
         if os.path.islink(f"/{name}"):
             (root / name).symlink_to(os.readlink(f"/{name}"))
@@ -60,16 +62,27 @@ def image(root: Path, *places: str) -> Iterator[Image]:
         if not place.startswith("/usr/") and place != "/usr":
             _linked(place, root / place.lstrip("/"))
     try:
-        yield Image(str(root), os.path.join(packages, "bin", os.path.basename(sys.executable)))
+        yield Image(str(root), os.path.join(packages, "bin", os.path.basename(sys.executable)), mounts)
     finally:
         shutil.rmtree(root)
 
 
-def _linked(source: str, target: Path) -> None:
+def _usr(target: Path) -> tuple[str, ...]:
+    """Make /usr, and return what of it must be mounted: all but its commands."""
+    _linked("/usr/bin", target / "bin", *SLURM)
+    folders = [path for path in Path("/usr").iterdir() if path.name != "bin" and not path.is_symlink()]
+    for folder in folders:
+        (target / folder.name).mkdir()
+    for link in (path for path in Path("/usr").iterdir() if path.is_symlink()):
+        (target / link.name).symlink_to(link.readlink())
+    return tuple(sorted(map(str, folders)))
+
+
+def _linked(source: str, target: Path, *without: str) -> None:
     def link(one: str, other: str) -> None:
         try:
             os.link(one, other, follow_symlinks=False)
         except OSError:
             shutil.copy2(one, other, follow_symlinks=False)
 
-    shutil.copytree(source, target, symlinks=True, copy_function=link)
+    shutil.copytree(source, target, symlinks=True, copy_function=link, ignore=shutil.ignore_patterns(*without))

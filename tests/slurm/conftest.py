@@ -58,10 +58,12 @@ class Cluster:
     def until(self, reached: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
         """The answer, as soon as it is true."""
         end = time.monotonic() + timeout_s
-        while not (answer := reached()):
-            assert time.monotonic() < end, f"no sign of {what} in {timeout_s:.0f} s\n{self.report()}"
+        while True:
+            last = time.monotonic() > end  # asked once more after the end: a command may have hung
+            if answer := reached():
+                return answer
+            assert not last, f"no sign of {what} in {timeout_s:.0f} s\n{self.report()}"
             time.sleep(0.1)
-        return answer
 
     def wait(self, job: str, *states: str, timeout_s: float = 60, restarts: int = 0) -> dict[str, str]:
         """Wait until a job is in one of the states and has been started again that often. What `show` says then."""
@@ -82,7 +84,9 @@ class Cluster:
 
     def node_state(self, node: int) -> str:
         """idle, mixed, allocated, completing, down, ...; with a * where the node does not answer."""
-        return words_of("sinfo", "--noheader", "--partition", "main", "--nodes", f"n{node}", "--format", "%T").strip()
+        # of all nodes: asked for a single one, sinfo counts CPUs of jobs that have just ended, and calls a node mixed
+        listed = words_of("sinfo", "--noheader", "--Node", "--partition", "main", "--format", "%N %T").split()
+        return dict(zip(listed[::2], listed[1::2], strict=True))[f"n{node}"]
 
     def wait_node(self, node: int, *states: str, timeout_s: float = 40) -> str:
         return self.until(
@@ -160,11 +164,19 @@ def missing() -> str:
     return "" if shutil.which("apt-get") else "the Slurm testbed needs apt-get"
 
 
+# One line for the whole folder, where a skip would be one for every test.
+collect_ignore_glob = ["test_*.py"] if missing() and os.environ.get("CI") != "true" else []
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if collect_ignore_glob:
+        terminalreporter.write_line(f"SKIPPED tests/slurm: {missing()}")
+
+
 @pytest.fixture(scope="session")
 def testbed() -> Iterator[None]:
-    """The testbed, up, and at the end as it was found. Skips where there can be none, but not on CI's machine."""
-    if why := missing():
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
+    """The testbed, up, and at the end as it was found."""
+    assert not missing(), missing()
     was_up = "slurmctld: up" in words_of(BED, "status")
     words_of(BED, "up", timeout_s=300)
     yield

@@ -84,7 +84,7 @@ def test_two_nodes_train_as_four_processes_here_whatever_things_are_called(clust
     assert "starting in" in said, "--wait shows the log"
     status = place.status(there)
     assert (status["state"], status["step"], status["slurm_job_id"], len(status["hosts"])) == (
-        "completed", 40, job_of(place, there), 2,
+        "completed", 40, job_of(place, there), 4,
     )  # fmt: skip
     place.run("train", "job.yaml", *words, "run.dir=runs/here", "--processes", "4")
     assert equal(place.tensors(there, 40), place.tensors("runs/here", 40))
@@ -199,10 +199,10 @@ def test_plain_sbatch_is_watched_too_and_queues_itself_again_at_the_time_limit(
     steps = ("train.max_steps=700", "schedule.args.pause_s=0.1", "log.every_steps=50")
     script = [
         "sbatch", "--parsable", "--nodes=2", "--gpus-per-node=1", "--mem=1G", "--time=1", "--output=%j.out",
-        ROOT / "slurm/train.sbatch", "job.yaml", *steps,
+        ROOT / "slurm/train.sbatch", "job.yaml", *steps, "--cluster", "site.yaml", "--cluster", "site.yaml",
     ]  # fmt: skip
-    environment = {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
-                   "GLOO_SOCKET_IFNAME": "eth0", "CLUSTER": "site.yaml"}  # fmt: skip
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
     job = words_of(*script, cwd=place.folder, env=environment).strip()
     cluster.wait(job, "COMPLETED", timeout_s=240, restarts=1)
     said = (place.folder / f"{job}.out").read_text()

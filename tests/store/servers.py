@@ -240,11 +240,11 @@ class FaultProxy:
     `requests` are the methods and paths that came, those that were broken, too.
     """
 
-    def __init__(self, server: S3Server) -> None:
-        self.server = server
+    def __init__(self, server: S3Server, address: str = LOOPBACK) -> None:
+        self.server, self.address = server, address
         self.port = free_port()
         self.url, self.fresh_url = server.url, server.fresh_url
-        self.environment = s3_environment(f"http://{LOOPBACK}:{self.port}")
+        self.environment = s3_environment(f"http://{address}:{self.port}") | {"NO_PROXY": f"{LOOPBACK},{address}"}
         self.kind, self.amount = "pass", 0
         self.requests = list[str]()
         self._writers = set[asyncio.StreamWriter]()
@@ -277,7 +277,7 @@ class FaultProxy:
             self._listener.close()
             self._listener = None
         elif kind != "refuse" and not self._listener:
-            self._listener = await asyncio.start_server(self._serve, LOOPBACK, self.port)
+            self._listener = await asyncio.start_server(self._serve, self.address, self.port)
         if kind in {"reset", "refuse"}:
             for writer in list(self._writers):
                 _reset(writer)

@@ -1,57 +1,53 @@
 """The nodes that Slurm has given, and which of them are fit for another start."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
-from toolkit import storage
 from toolkit.cluster import slurm
+from toolkit.cluster.memory import Memory
 from toolkit.cluster.plan import Plan
 from toolkit.cluster.step import Step
 from toolkit.postmortem import Failure
-from toolkit.run import Run
 
 TWICE = 2
 ALIVE_S = 15.0  # within which a node must run `true`
 
 
 class Allocation:
-    """A `supervisor.Place`: every attempt is over the fit ones of these nodes.
-
-    Which node failed how often is kept in the run (nodes.json), for a requeued job may get it again.
+    """A `supervisor.Place`: every attempt is over the fit ones of these nodes. `warned` is told of signals that the
+    scheduler has sent to nodes, and `paths` must be there on each.
     """
 
     def __init__(
         self,
         plan: Plan,
         job_id: str,
-        hosts: list[str],
+        memory: Memory,
         environment: Mapping[str, str],
         paths: list[str],
         warned: Callable[[Signals], None],
     ) -> None:
-        self.plan, self.job_id, self.hosts, self.environment = plan, job_id, hosts, dict(environment)
-        self.paths, self.warned = paths, warned
-        self.run = Run(plan.job.run.dir)
-        self.failures: dict[str, int] = _read(self.run)
-        self.unfit = {host for host in hosts if self.failures.get(host, 0) >= TWICE}
+        self.plan, self.job_id, self.memory = plan, job_id, memory
+        self.environment, self.paths, self.warned = dict(environment), paths, warned
+        self.hosts = slurm.expand(environment["SLURM_JOB_NODELIST"])
+        self.unfit = {host for host in self.hosts if memory.failures.get(host, 0) >= TWICE}
+        self.short = False  # whether too few nodes are left
         if len(self.fit()) < plan.nodes.least:
             self.unfit.clear()  # Slurm has no others for us, it seems
-        self.short = False  # whether too few nodes are left
 
     def fit(self) -> list[str]:
         """The nodes for the next start."""
         return [host for host in self.hosts if host not in self.unfit][: self.plan.nodes.most]
 
     def attempt(self, folder: Path) -> Step:
+        self._forget_lost()
         hosts, environment = self.fit(), self.environment
-        words = f"on {len(hosts)} node{'s' if len(hosts) > 1 else ''} ({', '.join(hosts)})"
-        print(f"starting {self.plan.processes} ranks each {words}", flush=True)
+        ranks, nodes = self.plan.processes, ", ".join(hosts)
+        print(f"starting {ranks} rank{'s' * (ranks > 1)} on each of these nodes: {nodes}", flush=True)
         return Step(
             folder,
             self.plan.srun(hosts, self.paths, os.getcwd(), environment),
@@ -67,25 +63,27 @@ class Allocation:
     def after(self, failure: Failure) -> str:
         """Leave out a node that is dead, or has failed twice. Returns why no start is possible here, or nothing."""
         host = failure.host
-        if not failure.blames_host or host not in self.hosts:
-            return ""
-        self.failures[host] = self.failures.get(host, 0) + 1
-        why = ""
-        if self.failures[host] >= TWICE:
-            why = f"it has failed {self.failures[host]} times"
-        elif failure.rank is None and not self._alive(host):
-            why = "it does not answer"
-            self.failures[host] = TWICE  # for the next job, too
-        with suppress(OSError):  # a store that is away is complained of elsewhere
-            storage.write(self.run.at("nodes.json"), json.dumps({"failures": self.failures}).encode(), durable=False)
-        if not why:
-            return ""
+        if failure.blames_host and host in self.hosts:
+            count = self.memory.failed(host)
+            if count >= TWICE:
+                self._leave_out(host, f"it has failed {count} times in this run")
+            elif failure.rank is None and not self._alive(host):
+                self._leave_out(host, "it does not answer")
+        self._forget_lost()
+        left = len(self.fit())
+        self.short = left < self.plan.nodes.least
+        return f"{left} of at least {self.plan.nodes.least} nodes are left" if self.short else ""
+
+    def _leave_out(self, host: str, why: str) -> None:
         self.unfit.add(host)
         print(f"node {host} is left out from now on: {why}", flush=True)
-        if len(left := self.fit()) < self.plan.nodes.least:
-            self.short = True
-            return f"{len(left)} of at least {self.plan.nodes.least} nodes are left"
-        return ""
+
+    def _forget_lost(self) -> None:
+        """Slurm takes nodes that are down from a job, which --no-kill lets live."""
+        with suppress(slurm.SlurmError):
+            facts = slurm.job_facts(self.job_id)
+            if facts and set(facts.nodes) & set(self.hosts):
+                self.hosts = [host for host in self.hosts if host in facts.nodes]
 
     def _alive(self, host: str) -> bool:
         words = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--mem=0", "true"]
@@ -99,11 +97,3 @@ class Allocation:
 def _cancel_step(number: str, step: str) -> None:
     with suppress(slurm.SlurmError):
         slurm.ask("scancel", f"{number}.{step}", timeout_s=5)
-
-
-def _read(run: Run) -> dict[str, int]:
-    try:
-        found: dict[str, Any] = json.loads(storage.read(run.at("nodes.json")))
-    except (OSError, ValueError):
-        return {}
-    return {str(host): int(count) for host, count in found.get("failures", {}).items()}

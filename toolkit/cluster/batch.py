@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 from toolkit import storage
-from toolkit.cluster import slurm
-from toolkit.cluster.allocation import Allocation
+from toolkit.cluster import partitions, slurm
+from toolkit.cluster.allocation import TWICE, Allocation
 from toolkit.cluster.deadline import Deadline
+from toolkit.cluster.memory import Memory
 from toolkit.cluster.plan import Plan
 from toolkit.errors import JobError
 from toolkit.process import be_subreaper
@@ -19,6 +20,7 @@ from toolkit.run import CANCEL, COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
 from toolkit.supervisor import Supervisor
 
+MOST = 3  # times that a job is queued again with no new checkpoint in between
 PATIENCE_S = 300.0  # for a slurmctld that is away when the job is to be queued again
 
 
@@ -36,12 +38,13 @@ def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environmen
         print(f"{done['summary']}\n{COMPLETE}")
         return 0
     deadline = Deadline(signals, partial(_ends_at_s, job_id), partial(_status, run), plan.profile.signal_lead_s)
-    hosts = slurm.expand(environment["SLURM_JOB_NODELIST"])
-    allocation = Allocation(plan, job_id, hosts, environment, _seen(plan, paths), deadline.warn)
-    status = Supervisor(plan.job, words, environment, deadline.listen(), allocation).run()
-    if (status == 75 and deadline.received and not _asked_to_end(run)) or allocation.short:
-        return _again(job_id, int(environment.get("SLURM_RESTART_COUNT", "0")))
-    return status
+    allocation = Allocation(plan, job_id, Memory(run), environment, _seen(plan, paths), deadline.warn)
+    outcome = Supervisor(plan.job, words, environment, deadline.listen(), allocation).run()
+    if (outcome.status == 75 and deadline.received and not _asked_to_end(run)) or allocation.short:
+        return _again(run, job_id, allocation, int(environment.get("SLURM_RESTART_COUNT", "0")))
+    if outcome.status == 2:  # refused by the ranks, who have written nothing
+        run.mark("failed", reason=outcome.message, exit=2)
+    return outcome.status
 
 
 def _seen(plan: Plan, paths: Sequence[str]) -> list[str]:
@@ -75,12 +78,35 @@ def _asked_to_end(run: Run) -> bool:
     return False
 
 
-def _again(job_id: str, restarts: int) -> int:
-    """Have the job queued again, and be ended by Slurm for that."""
+def _again(run: Run, job_id: str, allocation: Allocation, restarts: int) -> int:
+    """Have the job queued again, and be ended by Slurm for that. Returns 1 if nothing would come of it."""
+    if (count := allocation.memory.requeued()) > MOST:
+        words = (
+            f"job {job_id} was queued again {count - 1} times with no new checkpoint in between: give it more time "
+            "(--time), save more often (checkpoint.every_steps), or find out what it waits for at its start"
+        )
+        run.mark("failed", reason=words, exit=1)
+        print(words, file=sys.stderr, flush=True)
+        return 1
     became = slurm.requeue(job_id, restarts, PATIENCE_S)
     if became == slurm.REQUEUED:
         print(f"job {job_id} is queued again, to go on from the newest checkpoint", flush=True)
+        _exclude(job_id, allocation)
         time.sleep(60)  # Slurm ends this within KillWait
     else:
         print(f"job {job_id} is {became}: Slurm sees to it itself", flush=True)
     return 75
+
+
+def _exclude(job_id: str, allocation: Allocation) -> None:
+    """Ask Slurm for other nodes than those that have failed twice, if there are others. It takes that from now on."""
+    bad = sorted(host for host in allocation.unfit if allocation.memory.failures[host] >= TWICE)
+    name, least = allocation.plan.profile.partition, allocation.plan.nodes.least
+    try:
+        ours = [one for one in partitions.partitions() or [] if one.name == name or (not name and one.default)]
+        there = [shape.nodes for one in ours for shape in one.shapes]
+        if bad and sum(there) >= least + len(bad):
+            slurm.ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(bad)}", patience_s=5)
+            print(f"without node {', '.join(bad)}, which has failed twice", flush=True)
+    except slurm.SlurmError as error:
+        print(f"WARNING: {error}", file=sys.stderr, flush=True)

@@ -44,8 +44,8 @@ def _waits(seen: View) -> bool:
 
 def _end_now(seen: View, run: Run, waits: bool, timeout_s: float, say: Say) -> None:
     _end(seen, timeout_s)
-    lost = "cancelled while it waited" if waits else "cancelled at once: steps since the newest checkpoint are lost"
-    run.mark("cancelled", reason=lost, exit=75)
+    lost = "cancelled while it waited" if waits else "cancelled at once: what came after the newest checkpoint is lost"
+    run.mark("cancelled", reason=lost, exit=75, heartbeat=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     say(f"{storage.shown(run.url)} is cancelled")
 
 

@@ -33,39 +33,34 @@ def show(run: str, rank: int, attempt: int | None, onwards: bool) -> int:
 
 def follow(run: str, rank: int, attempt: int | None, onwards: bool, write: Callable[[bytes], object]) -> None:
     """Write what a rank said in one attempt, by default the newest; `onwards`, until the run is over or, if an attempt
-    was named, until that is. Of a run that never had ranks, what the scheduler says.
+    was named, until the next begins. Of a run that never had ranks, what the scheduler says.
 
     Raises JobError if nothing was said, listing what was.
     """
-    seen = view(run)
-    number, offset, rests_s = attempt, 0, None
+    seen, number, offset = view(run), attempt, 0
+    active_s = time.monotonic()
     while True:
         logs = attempts_of(run, rank)
-        if number is None:
-            number = max(logs, default=None)
-        if number is None and not onwards:
-            return _scheduler_said(seen, rank, write)
+        number = number or max(logs, default=None)
         if number in logs:
             offset = _pass_on(logs[number], offset, write)
-        elif number is not None and not onwards:
-            raise JobError(_missing(run, rank, number))
-        if not onwards:
-            return None
-        later = [other for other in sorted(logs) if number is not None and other > number]
-        if later and attempt is not None:
-            return None
-        if later:
-            number, offset = later[0], 0
+        later = min((other for other in logs if number and other > number), default=None)
+        if onwards and later and not attempt:
+            number, offset = later, 0
             continue
-        if not seen.goes_on:
-            rests_s = rests_s or time.monotonic()
-            enough_s = _LEAVE_S if not seen.known.job_id or seen.known.is_over else _REST_S
-            if time.monotonic() - rests_s > enough_s:
-                return None if number in logs else _scheduler_said(seen, rank, write)
-        else:
-            rests_s = None
+        active_s = time.monotonic() if seen.goes_on else active_s
+        if not onwards or later or _is_over(seen, time.monotonic() - active_s):
+            break
         time.sleep(POLL_S if storage.local_path(run) else REMOTE_POLL_S)
         seen = view(run)
+    if number not in logs:
+        _scheduler_said(seen, rank, attempt, write)
+
+
+def _is_over(seen: View, rests_s: float) -> bool:
+    """Whether a run will not go on, nor say more; one of a scheduler that is at rest may be about to start again."""
+    is_final = not seen.known.job_id or seen.known.is_over
+    return not seen.goes_on and rests_s > (_LEAVE_S if is_final else _REST_S)
 
 
 def attempts_of(run: str, rank: int) -> dict[int, str]:
@@ -88,10 +83,10 @@ def _pass_on(url: str, offset: int, write: Callable[[bytes], object]) -> int:
     return offset
 
 
-def _scheduler_said(seen: View, rank: int, write: Callable[[bytes], object]) -> None:
+def _scheduler_said(seen: View, rank: int, attempt: int | None, write: Callable[[bytes], object]) -> None:
     run, log = seen.known.url, seen.known.submitted.get("log")
-    if sorted(_all(run)) or not log:
-        raise JobError(_missing(run, rank, None))
+    if attempt or not log or any(_all(run)):
+        raise JobError(_missing(run, rank, attempt))
     if not storage.exists(log):
         raise JobError(f"{storage.shown(run)} is {seen.state} and has said nothing yet; its log will be {log}")
     _pass_on(log, 0, write)

@@ -165,7 +165,7 @@ def _in_queue(known: Known, entry: Entry, silent: str) -> tuple[str, str]:
     """(state, why) of a run whose job waits or runs, and which takes no steps now."""
     state = known.status.get("state")
     if entry.waits:
-        return "requeued" if known.status.get("attempt") else "queued", entry.why()
+        return "requeued" if known.status.get("attempt") and state != "queued" else "queued", entry.why()
     if state == "running":
         return "running", silent
     return ("restarting", known.status.get("reason") or "") if state == "failed" else ("starting", "")

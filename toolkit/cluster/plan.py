@@ -15,6 +15,7 @@ from toolkit.config import Job
 from toolkit.errors import JobError
 
 AGENT = "toolkit.cluster.agent"
+IMAGE = "TOOLKIT_IMAGE"  # what provenance says of it
 
 
 class Nodes(NamedTuple):
@@ -56,13 +57,17 @@ class Plan:
 
     def additions(self, environment: Mapping[str, str]) -> dict[str, str]:
         """What srun's environment needs besides, for the container to have what it must of it."""
-        return additions(self.container, environment, self.handed_in(environment)) if self.container else {}
+        if not self.container or not self.image:
+            return {}
+        told = {IMAGE: self.image}
+        outside = dict(environment) | told
+        return told | additions(self.container, outside, self.handed_in(outside))
 
     def handed_in(self, environment: Mapping[str, str]) -> list[str]:
         """The variables that a container gets from outside: ours, the profile's, those that the job names."""
         written = " ".join(self.job._written.values())
         named = re.findall(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)", written)
-        return sorted({*handed_in([*environment, SUPERVISOR, TOKEN]), *self.profile.env, *named})
+        return sorted({*handed_in([*environment, SUPERVISOR, TOKEN, IMAGE]), *self.profile.env, *named})
 
     @property
     def container(self) -> Container | None:

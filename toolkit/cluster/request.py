@@ -134,7 +134,8 @@ def supervised(
                 image or None)  # fmt: skip
     paths = [job, *([environment["TOOLKIT_CODE"]] if environment.get("TOOLKIT_CODE") else [])]
     debug = ["--debug"] * ("--debug" in sys.argv)
-    return supervise(plan, ["train", job, *overrides, *debug], [str(Path(path)) for path in paths], environment)
+    words = ["train", job, *overrides, *debug]
+    return supervise(plan, words, [str(Path(path)) for path in paths], {**environment, **plan.profile.env})
 
 
 def _in_job(profile: Profile, environment: Mapping[str, str]) -> Profile:

@@ -238,7 +238,7 @@ class Step:
     def said_by_torchrun(self) -> str:
         """The log of the first torchrun that failed, or what srun has said."""
         failed = [node.said for node in self.nodes.values() if any(node.look.torchruns)]
-        return next(iter(failed), "") or self.said_by_srun()
+        return next(iter(failed), "") or f"nothing; srun said:\n{self.said_by_srun()}"
 
     def said_by_srun(self) -> str:
         return (self.folder / _LOG).read_text(errors="replace")

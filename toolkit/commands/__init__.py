@@ -1,0 +1,1 @@
+"""The commands beside `toolkit train`. What each needs it imports when it is run: `--help` imports no torch."""
