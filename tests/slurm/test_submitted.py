@@ -107,7 +107,7 @@ def test_a_job_runs_the_code_and_the_job_file_that_were_submitted(cluster: Clust
     assert (place.folder / "ran").read_text() == "old"
     assert place.status("runs/job")["step"] == 40
     source = json.loads((place.folder / "runs/job/provenance.json").read_text())["attempts"][-1]
-    assert "untracked.py" in json.dumps(source)
+    assert words_of("git", "rev-parse", "HEAD", cwd=place.folder).strip() in json.dumps(source)
 
 
 def test_who_waits_ends_as_the_job_ends(cluster: Cluster, place: Workplace) -> None:
@@ -142,6 +142,7 @@ def test_a_sweep_is_an_array_of_runs_of_which_one_can_be_cancelled(cluster: Clus
     long = 10**6
     place.run(
         *SUBMIT, "--gpus-per-node", "1", "--max-parallel", "2", "schedule.args.pause_s=0.002", "log.every_steps=1000",
+        "checkpoint.best={metric: val/accuracy, mode: max}",
         "--sweep", f"train.max_steps={long},20,40,60,80,100",
     )  # fmt: skip
     runs = {steps: f"runs/job/max_steps={steps}" for steps in (long, 20, 40, 60, 80, 100)}
@@ -156,10 +157,9 @@ def test_a_sweep_is_an_array_of_runs_of_which_one_can_be_cancelled(cluster: Clus
     by_run = {Path(one["run"]).name: one for one in table}
     states = {steps: by_run[Path(run).name]["state"] for steps, run in runs.items()}
     assert states == {long: "cancelled"} | dict.fromkeys((20, 40, 60, 80, 100), "completed")
-    assert [one["step"] for one in table if one["state"] == "completed"]
     ranked = [one["best"] for one in table if one["best"] is not None]
-    assert len(ranked) >= 5
-    assert ranked == sorted(ranked, reverse="accuracy" in table[0]["metric"])
+    assert len(set(ranked)) > 1
+    assert ranked == sorted(ranked, reverse=True), "the best is not the first"
     log = Path(json.loads((place.folder / runs[long] / "submitted.json").read_text())["log"]).read_text()
     assert "is queued again" not in log
 
@@ -172,8 +172,8 @@ def test_however_often_status_is_asked_slurm_is_asked_once_in_10_s(cluster: Clus
 
     def ask() -> None:
         command = [*words, sys.executable, "-m", "toolkit", "status", "runs/job"]
-        shown = words_of(*command, cwd=place.folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
-        assert shown.count("it may not begin yet") == 6, shown
+        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "TMPDIR": str(place.folder)}
+        assert words_of(*command, cwd=place.folder, env=environment).count(" queued ") == 6
 
     ask()
     once, start_s = rpcs_of(user), time.monotonic()
@@ -193,6 +193,8 @@ def test_a_run_begun_here_goes_on_under_slurm(cluster: Cluster, place: Workplace
     assert place.status("runs/job")["state"] == "completed"
 
 
+@pytest.mark.campaign  # Slurm lets a job that is queued again wait for two minutes
+@pytest.mark.timeout(400)
 def test_plain_sbatch_is_watched_too_and_queues_itself_again_at_the_time_limit(
     cluster: Cluster, place: Workplace
 ) -> None:
@@ -204,7 +206,7 @@ def test_plain_sbatch_is_watched_too_and_queues_itself_again_at_the_time_limit(
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     environment = {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
     job = words_of(*script, cwd=place.folder, env=environment).strip()
-    cluster.wait(job, "COMPLETED", timeout_s=240, restarts=1)
+    cluster.wait(job, "COMPLETED", timeout_s=330, restarts=1)
     said = (place.folder / f"{job}.out").read_text()
     assert re.search(r"told to stop \(SIGUSR2, \d+ s before the job's end\): saving", said), said
     assert f"job {job} is queued again" in said

@@ -33,7 +33,7 @@ class Link:
         while line := self._next():
             try:
                 message = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
             if not isinstance(message, dict):
                 return

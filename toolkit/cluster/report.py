@@ -47,7 +47,7 @@ def tree(view: View) -> dict[str, Any]:
         "best": best.get("score"),
         "heartbeat_age_s": known.heartbeat_s and round(max(0.0, time.time() - known.heartbeat_s), 1),
         "attempt": status.get("attempt"),
-        "hosts": status.get("hosts") or ([status["host"]] if status.get("host") else []),
+        "hosts": list(dict.fromkeys(status.get("hosts") or ([status["host"]] if status.get("host") else []))),
         "job_id": known.job_id,
         "checkpoint_step": (status.get("checkpoint") or {}).get("step"),
         "problem": status.get("problem"),

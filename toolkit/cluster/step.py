@@ -116,7 +116,7 @@ class Step:
         """Hear an agent out, to its end. Whoever does not know the token is sent away."""
         link = Link(connection, HELLO_S)
         hello = next(link.messages(), {})
-        if not hmac.compare_digest(str(hello.get("token", "")), self.token):
+        if not hmac.compare_digest(str(hello.get("token", "")).encode(errors="replace"), self.token.encode()):
             link.close()
             return
         connection.settimeout(None)

@@ -1,0 +1,120 @@
+"""Which nodes of an allocation are used for the next start, after what has befallen them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import DIGITS
+from toolkit.cluster import allocation, slurm
+from toolkit.cluster.allocation import Allocation
+from toolkit.cluster.plan import Nodes, Plan
+from toolkit.cluster.profile import Profile
+from toolkit.config import load_job
+from toolkit.postmortem import Failure
+from toolkit.pulse import Pulse
+
+HOSTS = ["n1", "n2", "n3", "n4"]
+
+
+class Slurm:
+    """Some of whose nodes are dead, in place of the real one."""
+
+    def __init__(self) -> None:
+        self.dead, self.asked = set[str](), list[tuple[str, ...]]()
+
+    def ask(self, *words: str, timeout_s: float = 0.0) -> str:
+        self.asked.append(words)
+        if any(f"--nodelist={host}" in words for host in self.dead):
+            raise slurm.AwayError("no answer")
+        return ""
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Slurm:
+    found = Slurm()
+    monkeypatch.setattr(allocation.slurm, "ask", found.ask)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.yaml").write_text(DIGITS)
+    return found
+
+
+def allocated(nodes: str, hosts: list[str] = HOSTS) -> Allocation:
+    plan = Plan(load_job("digits.yaml"), Profile(gpus_per_node=2), Nodes.parsed(nodes))
+    return Allocation(plan, "7", hosts, {"SLURM_JOB_ID": "7"}, [], lambda number: None)
+
+
+def failure(host: str, rank: int | None = 0, blames: bool = True) -> Failure:
+    return Failure("who", "kind", "cause", "remedy", Pulse(), rank, host, blames_host=blames)
+
+
+@pytest.mark.usefixtures("fake")
+def test_what_is_no_fault_of_a_node_costs_no_node() -> None:
+    here = allocated("4")
+    assert [here.after(failure("n2", blames=False)) for _ in range(3)] == [""] * 3
+    assert here.after(failure("login")) == ""
+    assert (here.fit(), here.short) == (HOSTS, False)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_node_that_has_failed_twice_is_left_out_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    here = allocated("2:4")
+    assert here.after(failure("n2")) == ""
+    assert here.fit() == HOSTS
+    assert here.after(failure("n2")) == ""
+    assert here.fit() == ["n1", "n3", "n4"]
+    assert "node n2 is left out from now on: it has failed 2 times" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fake")
+def test_too_few_nodes_end_it_here_and_the_job_is_to_be_queued_again() -> None:
+    here = allocated("4")
+    here.after(failure("n2"))
+    assert here.after(failure("n2")) == "3 of at least 4 nodes are left"
+    assert here.short
+
+
+def test_a_dead_node_is_left_out_at_once(fake: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    here = allocated("1:4")
+    assert here.after(failure("n1", rank=None)) == ""
+    assert here.fit() == HOSTS, "it has answered"
+    fake.dead = {"n3"}
+    assert here.after(failure("n3", rank=None)) == ""
+    assert here.fit() == ["n1", "n2", "n4"]
+    assert "node n3 is left out from now on: it does not answer" in capsys.readouterr().out
+    assert fake.asked[-1] == (
+        "srun", "--overlap", "--nodes=1", "--ntasks=1", "--nodelist=n3", "--mem=0", "true",
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_job_that_is_started_again_remembers_its_nodes() -> None:
+    here = allocated("2:4")
+    here.after(failure("n2"))
+    here.after(failure("n2"))
+    here.after(failure("n4"))
+    assert json.loads(Path("runs/digits/nodes.json").read_text()) == {"failures": {"n2": 2, "n4": 1}}
+    again = allocated("2:4")
+    assert again.fit() == ["n1", "n3", "n4"]
+    again.after(failure("n4"))
+    assert again.fit() == ["n1", "n3"]
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("content", ["", "{", '{"failures": {"n2": 9}}'])
+def test_if_slurm_has_no_others_they_are_used_all_the_same(content: str) -> None:
+    Path("runs/digits").mkdir(parents=True)
+    Path("runs/digits/nodes.json").write_text(content)
+    assert allocated("2", ["n1", "n2"]).fit() == ["n1", "n2"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_start_is_over_as_many_fit_nodes_as_the_run_may_have(tmp_path: Path) -> None:
+    here: Any = allocated("1:2", ["n1", "n2", "n3"])
+    step = here.attempt(tmp_path)
+    assert (step.hosts, step.processes) == (["n1", "n2"], 4)
+    assert "--nodelist=n1,n2" in step.srun
+    here.after(failure("n1"))
+    here.after(failure("n1"))
+    assert here.attempt(tmp_path).hosts == ["n2", "n3"]
