@@ -17,6 +17,7 @@ from toolkit.errors import RunError
 from toolkit.process import die_with_parent
 from toolkit.signals import STOPPING, hold_back
 
+_POLL_S = 0.2
 KILLS = 5  # in a row, each within a minute; then it is not by chance
 
 
@@ -56,7 +57,8 @@ class Guard:
             self.child = subprocess.Popen(self.command, preexec_fn=partial(_as_child, os.getpid()))  # noqa: PLW1509
             for number in sorted(self.received):  # while there was no command, or by the one that was killed
                 self.child.send_signal(number)
-            status = self.child.wait()
+            while (status := self.child.poll()) is None:
+                time.sleep(_POLL_S)  # no wait for ever: a signal that came just before it would wait as long
             if status >= 0:
                 return status
             kills = kills + 1 if time.monotonic() - started_s < 60 else 1
