@@ -89,7 +89,7 @@ def test_nodes_without_gpus_have_cpus_and_memory_of_their_own_and_ranks_as_the_j
                 "--container-image=nvcr.io#nvidia/pytorch:26.01-py3",
                 "--container-mounts=/data:/datasets,/scratch:/scratch",
                 "--container-workdir=/work/a b", "--no-container-mount-home",
-                "--container-env=AWS_PROFILE,NCCL_DEBUG,TOOLKIT_SUPERVISOR,TOOLKIT_SUPERVISOR_TOKEN",
+                "--container-env=AWS_PROFILE,NCCL_DEBUG,TOOLKIT_IMAGE,TOOLKIT_SUPERVISOR,TOOLKIT_SUPERVISOR_TOKEN",
                 "--more", "python3.12", *AGENT,
             ],
         ),
