@@ -25,6 +25,7 @@ SBATCH = """#!/bin/sh
 case "$*" in *--version*) echo slurm 22.05; exit;; esac
 for file; do :; done
 cp "$file" "$(dirname "$0")/../given.sh"
+export -p > "$(dirname "$0")/../given.env"
 [ -e "$(dirname "$0")/../refuses" ] && { echo "sbatch: error: no more jobs for you" >&2; exit 1; }
 echo Submitted batch job 77
 """
@@ -99,6 +100,21 @@ def test_what_is_submitted_is_recorded_in_the_run(login: Login, capsys: pytest.C
     assert "digits: queued as job 77 in runs/digits" in capsys.readouterr().out.replace(f"{login.folder}/", "")
     again = load_job(f"{record['folder']}/job-0.yaml")
     assert again.as_written() == load_job("digits.yaml", [f"run.dir='{run}'"]).as_written()
+
+
+def test_nothing_of_the_environment_is_put_above_the_script(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch takes SBATCH_* before what a script says, and much of what it finds of a job that it is called in."""
+    set_here = {
+        "SBATCH_PARTITION": "a", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "KILL@9", "SBATCH_EXPORT": "NONE",
+        "SBATCH_NO_REQUEUE": "1", "SBATCH_ACCOUNT": "mine", "SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "1",
+        "SLURM_CONF": "/etc/x",
+    }  # fmt: skip
+    for name, value in set_here.items():
+        monkeypatch.setenv(name, value)
+    login.submit(asked={"partition": "main"})
+    given = (login.given.parent / "given.env").read_text()
+    assert set(re.findall(r"(?:SBATCH|SLURM)_\w+", given)) == {"SBATCH_ACCOUNT", "SLURM_CONF"}
+    assert {name: os.environ[name] for name in set_here} == set_here
 
 
 def test_a_secret_of_the_environment_is_not_written(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +203,12 @@ def test_components_in_an_image_are_not_looked_for_here(login: Login) -> None:
         raise AssertionError("looked for")
 
     assert login.submit(image="/images/torch.sqsh", screen=fail) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"executor": "local", "sweeps": ["run.seed=1,2"]}])
+def test_a_number_of_runs_at_a_time_that_would_do_nothing_is_refused(options: dict[str, Any], login: Login) -> None:
+    with pytest.raises(JobError, match="--max-parallel is for a --sweep on Slurm"):
+        login.submit(most_at_once=2, **options)
 
 
 def test_without_sbatch_nothing_is_written(login: Login) -> None:
