@@ -56,7 +56,10 @@ def submitted(
         print(f"{plan.job.run.name}: queued as job {job_id} in {storage.shown(plan.job.run.dir)}")
     if ids:
         where = storage.shown(submission.plans[0].job.run.dir)
-        print(f"toolkit status {where}   toolkit logs {where} --follow   toolkit cancel {where}")
+        if request.sweeps:
+            print(f"toolkit status {where.rpartition('/')[0]}")
+        else:
+            print(f"toolkit status {where}   toolkit logs {where} --follow   toolkit cancel {where}")
     if waits:
         return max((_awaited(plan.job.run.dir) for plan in submission.plans), default=0)
     return 0
