@@ -14,7 +14,9 @@ import pytest
 
 from tests.conftest import DIGITS
 from toolkit import screening
-from toolkit.cluster.request import Request, submitted
+from toolkit.cluster.plan import Nodes, Plan
+from toolkit.cluster.profile import Profile
+from toolkit.cluster.request import Request, _in_job, submitted
 from toolkit.cluster.shared import refuse_unseen
 from toolkit.config import Job, load_job
 from toolkit.errors import JobError
@@ -25,6 +27,7 @@ SBATCH = """#!/bin/sh
 case "$*" in *--version*) echo slurm 22.05; exit;; esac
 for file; do :; done
 cp "$file" "$(dirname "$0")/../given.sh"
+export -p > "$(dirname "$0")/../given.env"
 [ -e "$(dirname "$0")/../refuses" ] && { echo "sbatch: error: no more jobs for you" >&2; exit 1; }
 echo Submitted batch job 77
 """
@@ -101,6 +104,21 @@ def test_what_is_submitted_is_recorded_in_the_run(login: Login, capsys: pytest.C
     assert again.as_written() == load_job("digits.yaml", [f"run.dir='{run}'"]).as_written()
 
 
+def test_nothing_of_the_environment_is_put_above_the_script(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch takes SBATCH_* before what a script says, and much of what it finds of a job that it is called in."""
+    set_here = {
+        "SBATCH_PARTITION": "a", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "KILL@9", "SBATCH_EXPORT": "NONE",
+        "SBATCH_NO_REQUEUE": "1", "SBATCH_ACCOUNT": "mine", "SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "1",
+        "SLURM_CONF": "/etc/x",
+    }  # fmt: skip
+    for name, value in set_here.items():
+        monkeypatch.setenv(name, value)
+    login.submit(asked={"partition": "main"})
+    given = (login.given.parent / "given.env").read_text()
+    assert set(re.findall(r"(?:SBATCH|SLURM)_\w+", given)) == {"SBATCH_ACCOUNT", "SLURM_CONF"}
+    assert {name: os.environ[name] for name in set_here} == set_here
+
+
 def test_a_secret_of_the_environment_is_not_written(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DROP", "0.123456")
     login.submit("model.args.dropout=${env:DROP}")
@@ -140,7 +158,9 @@ def test_a_complete_run_is_not_queued(login: Login, capsys: pytest.CaptureFixtur
     assert not login.given.exists()
 
 
-def test_of_a_sweep_each_point_is_checked_and_has_a_job_of_its_own(login: Login) -> None:
+def test_of_a_sweep_each_point_is_checked_and_has_a_job_of_its_own(
+    login: Login, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(JobError, match="epochs: -1"):
         login.submit(sweeps=["train.epochs=1,-1"])
     with pytest.raises(JobError, match="model 'mpl' is unknown; did you mean 'mlp'"):
@@ -148,6 +168,7 @@ def test_of_a_sweep_each_point_is_checked_and_has_a_job_of_its_own(login: Login)
     assert not (login.folder / "runs").exists()
     login.submit(sweeps=["optimizer.args.lr=0.1,0.01", "run.seed=1,2,3"], most_at_once=2)
     assert "#SBATCH --array=0-5%2" in login.script()
+    assert f"toolkit status {login.folder}/runs/digits\n" in capsys.readouterr().out
     records = [json.loads(path.read_text()) for path in sorted(login.folder.glob("runs/digits/*/submitted.json"))]
     assert sorted(record["job_id"] for record in records) == [f"77_{number}" for number in range(6)]
     for record in records:
@@ -189,6 +210,12 @@ def test_components_in_an_image_are_not_looked_for_here(login: Login) -> None:
     assert login.submit(image="/images/torch.sqsh", screen=fail) == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"executor": "local", "sweeps": ["run.seed=1,2"]}])
+def test_a_number_of_runs_at_a_time_that_would_do_nothing_is_refused(options: dict[str, Any], login: Login) -> None:
+    with pytest.raises(JobError, match="--max-parallel is for a --sweep on Slurm"):
+        login.submit(most_at_once=2, **options)
+
+
 def test_without_sbatch_nothing_is_written(login: Login) -> None:
     (login.tools / "sbatch").unlink()
     before = login.files()
@@ -205,6 +232,25 @@ def test_a_run_directory_that_slurm_would_read_otherwise_is_refused(name: str, l
         login.submit(f"run.dir={json.dumps(name)}")
 
 
+@pytest.mark.parametrize(
+    ("environment", "ranks", "cpus"),
+    [
+        ({}, 2, None),  # a cluster that does not say
+        ({"SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "3"}, 1, 3),
+        ({"SLURM_GPUS_ON_NODE": "0"}, 1, None),
+    ],
+)
+def test_a_job_of_plain_sbatch_has_what_it_has(
+    environment: dict[str, str], ranks: int, cpus: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "digits.yaml").write_text(DIGITS)
+    plan = Plan(load_job(str(tmp_path / "digits.yaml")), _in_job(PROFILE, environment), Nodes())
+    words = plan.srun(["n1"], [], "/", {})
+    assert plan.processes == ranks
+    assert [word for word in words if word.startswith("--cpus-per-task")] == [f"--cpus-per-task={cpus}"] * bool(cpus)
+
+
+PROFILE = Profile(gpus_per_node=2, cpus_per_gpu=8)
 MOUNTS = [("/", "overlay"), ("/home", "nfs4"), ("/home/me/fast", "tmpfs"), ("/dev/shm", "tmpfs"), ("/data x", "ext4")]
 
 

@@ -56,7 +56,10 @@ def submitted(
         print(f"{plan.job.run.name}: queued as job {job_id} in {storage.shown(plan.job.run.dir)}")
     if ids:
         where = storage.shown(submission.plans[0].job.run.dir)
-        print(f"toolkit status {where}   toolkit logs {where} --follow   toolkit cancel {where}")
+        if request.sweeps:
+            print(f"toolkit status {where.rpartition('/')[0]}")
+        else:
+            print(f"toolkit status {where}   toolkit logs {where} --follow   toolkit cancel {where}")
     if waits:
         return max((_awaited(plan.job.run.dir) for plan in submission.plans), default=0)
     return 0
@@ -80,6 +83,8 @@ def _submission(request: Request, environment: Mapping[str, str], only_shown: bo
     plans = [Plan(job, profile, nodes, request.image or None) for job in jobs]
     if request.executor == "local" and (nodes != Nodes() or request.image):
         raise JobError("--executor local is this machine alone: leave out --nodes and --container")
+    if request.most_at_once and (request.executor == "local" or not request.sweeps):
+        raise JobError("--max-parallel is for a --sweep on Slurm; here it would do nothing: leave it out")
     root = _absolute(load_job(request.job, request.overrides, environment)) if request.sweeps else jobs[0]
     submission = Submission(
         plans,

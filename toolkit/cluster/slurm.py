@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
@@ -24,6 +25,8 @@ _AWAY = re.compile(
     re.IGNORECASE,
 )
 _UNKNOWN = re.compile(r"invalid job id|job \S+ not found", re.IGNORECASE)
+# What a user may have set once and for all for sbatch, such as SBATCH_ACCOUNT.
+_MAY_BE_LEFT_OPEN = {"account", "partition", "qos", "constraint", "reservation"}
 # These change what the commands print, or whom they ask about.
 _SETTINGS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_TIME_FORMAT")
 
@@ -106,6 +109,23 @@ def require() -> None:
         raise JobError(
             "no sbatch here: submit on a login node of the cluster, or take --executor local for this machine"
         ) from None
+
+
+@contextmanager
+def as_scripted(options: Container[str]) -> Iterator[None]:
+    """Inside, this process's environment has nothing that sbatch would put above what a script says: no variables of a
+    job that this is part of, and of SBATCH_* only those for what `options` leaves open.
+    """
+    before = dict(os.environ)
+    for name in before:
+        kept = name.removeprefix("SBATCH_").lower()
+        ours = name.startswith("SBATCH_") and (kept in options or kept not in _MAY_BE_LEFT_OPEN)
+        if ours or (name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in ("SLURM_CONF", "SLURM_CLUSTERS")):
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def own_job(environment: Mapping[str, str]) -> str | None:

@@ -137,7 +137,8 @@ def submit(submission: Submission) -> list[str]:
             print(f"WARNING: {words}", file=sys.stderr)
         with _queued(runs):
             commands = [_written(submission, number) for number in range(len(submission.plans))]
-            ids = _ids(_executor(submission, code), commands)
+            with slurm.as_scripted(submission.plans[0].options()):
+                ids = _ids(_executor(submission, code), commands)
     for plan, job_id in zip(submission.plans, ids, strict=True):
         record = {
             "executor": submission.executor,
