@@ -210,7 +210,7 @@ class Node:
 
 def free_port(address: str = "127.0.0.1") -> int:
     """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.bind((address, 0))
         port: int = probe.getsockname()[1]
         return port

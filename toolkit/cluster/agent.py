@@ -92,7 +92,7 @@ class Agent:
             self.link.send(log=name, content=base64.b64encode(piece).decode())
         while not self.heard.empty():
             self.link.send(signal=self.heard.get())
-        self.link.send(look=self.node.look().encoded(), said=self.node.said_by_torchrun()[-4000:])
+        self.link.send(look=self.node.look().encoded())
 
     def _news(self) -> Iterator[tuple[str, bytes]]:
         folder = self.node.folder

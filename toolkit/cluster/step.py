@@ -43,7 +43,6 @@ class Far:
         self.address, self.port = str(hello["address"]), int(hello["port"])
         self.heard_s = time.monotonic()
         self.look = Look(torchruns=[None])
-        self.said = ""  # by its torchrun
         self.undead: list[str] | None = None  # what it could not end, once it has ended
         self.missing: list[str] = []  # what it should see and does not
         self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -91,7 +90,9 @@ class Step:
     def start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
         """`toolkit WORDS` on every rank, once all agents are here."""
         self.words, self.started_s = list(words), time.monotonic()
-        self.listener = socket.create_server(("", 0), backlog=len(self.hosts) + 8)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self.listener = socket.create_server(("", 0), family=family, backlog=len(self.hosts) + 8, dualstack_ipv6=both)
         ours = {SUPERVISOR: str(self.listener.getsockname()[1]), TOKEN: self.token}
         with open(self.folder / _LOG, "wb") as log:
             self.process = subprocess.Popen(
@@ -138,7 +139,7 @@ class Step:
 
     def _heard(self, node: Far, message: Mapping[str, Any]) -> None:
         if "look" in message:
-            node.look, node.said = Look.decoded(message["look"]), message["said"]
+            node.look = Look.decoded(message["look"])
         if "log" in message:
             self._keep(node, os.path.basename(message["log"]), base64.b64decode(message["content"]))
         if "signal" in message:
@@ -237,8 +238,11 @@ class Step:
 
     def said_by_torchrun(self) -> str:
         """The log of the first torchrun that failed, or what srun has said."""
-        failed = [node.said for node in self.nodes.values() if any(node.look.torchruns)]
-        return next(iter(failed), "") or f"nothing; srun said:\n{self.said_by_srun()}"
+        for node in self.nodes.values():
+            log = self.folder / f"torchrun-{node.host}.log"
+            if any(node.look.torchruns) and log.exists():
+                return log.read_text(errors="replace")
+        return f"nothing; srun said:\n{self.said_by_srun()}"
 
     def said_by_srun(self) -> str:
         return (self.folder / _LOG).read_text(errors="replace")
@@ -252,6 +256,8 @@ class Step:
         deadline_s = time.monotonic() + END_S
         while time.monotonic() < deadline_s and not all(node.over or node.heard_s < 0 for node in nodes):
             time.sleep(0.05)
+        with suppress(OSError):  # closed alone, it would not wake who waits for a connection
+            self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         for node in list(self.nodes.values()):
             node.link.close()
