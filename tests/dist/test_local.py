@@ -51,10 +51,12 @@ def test_it_trains_in_the_background_whatever_becomes_of_the_terminal(stage: Sta
 @pytest.mark.timeout(180)
 def test_who_waits_sees_it_complete_from_the_code_as_it_was(stage: Stage) -> None:
     stage.place.write("site.yaml", "setup: ['# a comment', 'export SET_UP=yes  # and another']\nenv: {A: \"it's\"}\n")
-    said = stage.run(*SUBMIT, "--cluster", "site.yaml", "--gpus-per-node", "2", "--wait", timeout_s=120)
+    named = (*SUBMIT, "run.dir=\"runs/it's $(touch pwned); a run\"")
+    said = stage.run(*named, "--cluster", "site.yaml", "--gpus-per-node", "2", "--wait", timeout_s=120)
     assert "2 ranks on cpu" in said
     assert "digits: completed at step 40 of 40" in said
-    assert "This run is complete" in stage.run(*SUBMIT)
+    assert "This run is complete" in stage.run(*named)
+    assert not list(stage.folder.rglob("pwned"))
 
 
 def test_a_run_of_this_terminal_is_not_submitted_too(stage: Stage) -> None:
