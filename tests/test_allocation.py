@@ -47,7 +47,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Slurm:
 def allocated(nodes: str, hosts: list[str] = HOSTS) -> Allocation:
     plan = Plan(load_job("digits.yaml"), Profile(gpus_per_node=2), Nodes.parsed(nodes))
     environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": ",".join(hosts)}
-    return Allocation(plan, "7", Memory(Run(plan.job.run.dir)), environment, [], lambda number: None)
+    return Allocation(plan, "7", Memory(Run(plan.job.run.dir), "7"), environment, [], lambda number: None)
 
 
 def failure(host: str, rank: int | None = 0, blames: bool = True) -> Failure:

@@ -1,6 +1,5 @@
 """One start of all ranks of a run, as its supervisor sees it: on this machine (`Node`) or many (`cluster.Step`)."""
 
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ Note = Mapping[str, Any]
 
 
 class Death(NamedTuple):
-    """What a rank has died of: a signal, if that is known, and evidence that it was for want of memory.
+    """What a rank has died of: a signal, if that is known, and evidence that it was for want of memory; or its own exit
+    status, of which it has said nothing.
 
     `torchrun` is the pid of the torchrun that had started it, if that was killed instead, and the rank with it.
     """
@@ -22,6 +22,7 @@ class Death(NamedTuple):
     signal: int | None
     evidence: str | None = None
     torchrun: int | None = None
+    exit: int | None = None
 
 
 class Where(NamedTuple):
@@ -40,6 +41,7 @@ class Look:
     gone: Sequence[int] = ()  # ranks that have died without a word
     torchruns: Sequence[int | None] = ()  # the exit status of each node's torchrun; None while it runs
     lost: Mapping[str, str] = field(default_factory=dict)  # nodes that cannot be seen any more, and why
+    places: Mapping[int, str] = field(default_factory=dict)  # the node of each rank, where there are several
 
     @property
     def ended(self) -> bool:
@@ -47,8 +49,8 @@ class Look:
         return bool(self.torchruns) and (None not in self.torchruns or any(self.torchruns))
 
     def host(self, rank: int) -> str:
-        """Where a rank is; here, if it has never come."""
-        return str(self.notes.get(rank, {}).get("host") or socket.gethostname())
+        """The node that a rank is on, by the scheduler's name for it; nothing if it has never come."""
+        return self.places.get(rank) or str(self.notes.get(rank, {}).get("host", ""))
 
     def encoded(self) -> dict[str, Any]:
         """As plain data that another machine can read, whose clock is another."""

@@ -175,12 +175,15 @@ class Node:
         for other, note in notes.items():
             if other != rank and not is_gone(note["pid"]):
                 self._signal(note, signal.SIGKILL)
-        found = re.compile(rf"exitcode:? *:? -(\d+)\)?.*\(pid: {notes[rank]['pid']}\)")
+        found = re.compile(rf"exitcode:? *:? (-?\d+)\)?.*\(pid: {notes[rank]['pid']}\)")
         deadline_s = time.monotonic() + patience_s
         while True:
             ended = self.torchrun.poll() is not None
             if (match := found.search(self.said_by_torchrun())) or ended or time.monotonic() > deadline_s:
-                number = int(match[1]) if match else None
+                status = int(match[1]) if match else None
+                if status is not None and status >= 0:
+                    return Death(None, exit=status)
+                number = -status if status else None
                 evidence = self._memory.verdict(notes[rank]["pid"]) if number in (None, signal.SIGKILL) else None
                 return Death(number, evidence)
             time.sleep(0.02)

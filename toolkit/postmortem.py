@@ -32,6 +32,7 @@ class Failure:
     host: str = field(default_factory=socket.gethostname)
     exit: int = 1
     blames_host: bool = False  # whether another machine might have been spared it
+    lost: tuple[str, ...] = ()  # all nodes that are out of sight, if that is what failed
     pulses: Mapping[int, Pulse] = field(default_factory=dict)  # the last heartbeats of all, if known
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from toolkit import node, postmortem, storage, watchdog
 from toolkit.attempt import Attempt, Look
@@ -63,12 +63,17 @@ class Place(Protocol):
     def attempt(self, folder: Path) -> Attempt:
         """A start of all ranks, to be made."""
 
-    def after(self, failure: Failure) -> str:
-        """Draw the consequences of a failure. Returns why there can be no other start here, or nothing."""
+    def after(self, failure: Failure, saved_step: int | None) -> "Consequence":
+        """Draw the consequences of a failure; the newest checkpoint is that of `saved_step`."""
 
-    @property
-    def mended(self) -> bool:
-        """Whether the next start is spared what the last failure came of, such as a bad node."""
+
+class Consequence(NamedTuple):
+    """What a failure means for the next start: why there can be none, in words; or whether it will be spared what the
+    failure came of, such as a bad node.
+    """
+
+    ends: str = ""
+    mended: bool = False
 
 
 class Here:
@@ -80,10 +85,8 @@ class Here:
     def attempt(self, folder: Path) -> Attempt:
         return node.Node(folder, self.processes)
 
-    def after(self, failure: Failure) -> str:
-        return ""
-
-    mended = False
+    def after(self, failure: Failure, saved_step: int | None) -> Consequence:
+        return Consequence()
 
 
 class _LastWords:
@@ -146,7 +149,9 @@ class Supervisor:
 
     def _attempted(self, attempt: Attempt) -> tuple[Outcome, bool]:
         """(how one attempt ended, whether to start another)."""
-        before = newest_claim(self.directory.at("lock"))
+        before: dict[str, Any] | None = None
+        with _complained():
+            before = newest_claim(self.directory.at("lock"))
         logs = KeptLogs(self.directory, attempt.folder)
         try:
             attempt.start(self.words, self.environment)
@@ -238,15 +243,15 @@ class Supervisor:
         """(whether to start again, words on what is done)."""
         progress = self.earlier is None or saved_step != self.saved_step
         self.restarts = 0 if progress else self.restarts
-        unfit = self.place.after(failure)
+        ends, mended = self.place.after(failure, saved_step)
         if self.undead:
             left = ", ".join(self.undead)
             return False, f"not started again: {left} cannot be killed, and waits for a disk or device there"
         if self.stopping.received or self._stop_requested():
             return False, "not started again, for a stop was asked for"
-        if unfit:
-            return False, f"not started again here: {unfit}"
-        if not progress and failure.comes_back(self.earlier) and not self.place.mended:
+        if ends:
+            return False, f"not started again: {ends}"
+        if not progress and failure.comes_back(self.earlier) and not mended:
             return False, "not started again: the same failure has come back with no new checkpoint in between"
         if self.restarts == self.max_restarts:
             return False, f"not started again: launch.max_restarts is {self.max_restarts}; {AGAIN}"

@@ -50,12 +50,18 @@ def of_death(attempt: Attempt, look: Look) -> Outcome:
     rank = look.gone[0]
     death, host = attempt.death(rank), look.host(rank)
     kind, cause, remedy = killed(death.signal, death.evidence)
+    if death.exit is not None:
+        kind = f"exit {death.exit}"
+        cause = f"ended with exit status {death.exit} and without a word: something in it has called os._exit"
+        remedy = f"find out what; see its log, below; then {AGAIN}"
     if death.torchrun:
         who, beat = f"torchrun (pid {death.torchrun})", Pulse()
     else:
         who, beat = f"rank {rank} (pid {look.notes[rank]['pid']})", look.pulses.get(rank, Pulse())
     blamed = None if death.torchrun else rank
-    return _failed(Failure(who, kind, cause, remedy, beat, blamed, host, blames_host=not death.evidence))
+    return _failed(
+        Failure(who, kind, cause, remedy, beat, blamed, host, blames_host=not death.evidence and death.exit is None)
+    )
 
 
 def of_lost(look: Look) -> Outcome:
@@ -63,7 +69,8 @@ def of_lost(look: Look) -> Outcome:
     host, cause = next(iter(look.lost.items()))
     beat = max(look.pulses.values(), key=lambda beat: beat.step, default=Pulse())
     remedy = f"if that was not you: ask the cluster's staff about node {host}; {AGAIN}"
-    return _failed(Failure(f"node {host}", f"node {host}", cause, remedy, beat, None, host, blames_host=True))
+    return _failed(Failure(f"node {host}", f"node {host}", cause, remedy, beat, None, host, blames_host=True,
+                           lost=tuple(look.lost)))  # fmt: skip
 
 
 def of_hang(hang: watchdog.Hang, look: Look) -> Outcome:

@@ -58,6 +58,8 @@ def main() -> int:
     meeting = Meeting(start["address"], start["port"], start["nodes"], start["node"], _interface(address))
     with new_folder() as folder:
         node = Node(folder, start["processes"], meeting, console=False)
+        if start["stop"]:
+            node.stop(signal.Signals(start["stop"]))
         Agent(node, link, heard).run(start["words"], environment)
     return 0
 

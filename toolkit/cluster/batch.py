@@ -34,15 +34,22 @@ def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environmen
     job_id, run = slurm.own_job(environment), Run(plan.job.run.dir)
     if job_id is None:
         raise JobError("this is no Slurm job; use toolkit submit, or toolkit train for this machine")
-    if done := run.completed(plan.job.as_written()):
-        print(f"{done['summary']}\n{COMPLETE}")
-        return 0
+    memory, restarts = Memory(run, job_id), int(environment.get("SLURM_RESTART_COUNT", "0"))
+    try:
+        if done := run.completed(plan.job.as_written()):
+            print(f"{done['summary']}\n{COMPLETE}")
+            return 0
+        seen = _seen(plan, paths)
+    except OSError as error:  # the store is away, for longer than it is waited for
+        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        return _again(run, job_id, memory, restarts, [])
     deadline = Deadline(signals, partial(_ends_at_s, job_id), partial(_status, run), plan.profile.signal_lead_s)
-    allocation = Allocation(plan, job_id, Memory(run), environment, _seen(plan, paths), deadline.warn)
+    allocation = Allocation(plan, job_id, memory, environment, seen, deadline.warn)
     outcome = Supervisor(plan.job, words, environment, deadline.listen(), allocation).run()
-    if (outcome.status == 75 and deadline.received and not _asked_to_end(run)) or allocation.short:
-        return _again(run, job_id, allocation, int(environment.get("SLURM_RESTART_COUNT", "0")))
-    if outcome.status == 2:  # refused by the ranks, who have written nothing
+    out_of_time = deadline.received and outcome.status not in (0, 2)
+    if (out_of_time or allocation.short) and not _asked_to_end(run):
+        return _again(run, job_id, memory, restarts, _to_exclude(plan, memory), counts=not deadline.preempted)
+    if outcome.status == 2 and _status(run).get("state") == "queued":  # refused by the ranks, who have written nothing
         run.mark("failed", reason=outcome.message, exit=2)
     return outcome.status
 
@@ -78,9 +85,12 @@ def _asked_to_end(run: Run) -> bool:
     return False
 
 
-def _again(run: Run, job_id: str, allocation: Allocation, restarts: int) -> int:
-    """Have the job queued again, and be ended by Slurm for that. Returns 1 if nothing would come of it."""
-    if (count := allocation.memory.requeued()) > MOST:
+def _again(run: Run, job_id: str, memory: Memory, restarts: int, bad: Sequence[str], counts: bool = True) -> int:
+    """Have the job queued again, and be ended by Slurm for that. Returns 1 if nothing would come of it.
+
+    `bad` are nodes that it must not get again; `counts` is whether this is the job's own doing.
+    """
+    if counts and (count := memory.requeued()) > MOST:
         words = (
             f"job {job_id} was queued again {count - 1} times with no new checkpoint in between: give it more time "
             "(--time), save more often (checkpoint.every_steps), or find out what it waits for at its start"
@@ -89,33 +99,41 @@ def _again(run: Run, job_id: str, allocation: Allocation, restarts: int) -> int:
         print(words, file=sys.stderr, flush=True)
         return 1
     hold_back()  # from here on TERM is what we have asked for, also to the commands that are started here
-    bad = _to_exclude(allocation)
-    became = slurm.requeue(job_id, restarts, PATIENCE_S)
+    try:
+        became = slurm.requeue(job_id, restarts, PATIENCE_S)
+    except slurm.SlurmError as error:  # such as a job of salloc
+        print(f"WARNING: not queued again: {error}; the same command goes on from here", file=sys.stderr, flush=True)
+        return 75
     if became == slurm.REQUEUED:
         print(f"job {job_id} is queued again, to go on from the newest checkpoint", flush=True)
-        if bad:
-            _exclude(job_id, bad)
+        _exclude(job_id, bad)
         time.sleep(60)  # Slurm ends this within KillWait
     else:
         print(f"job {job_id} is {became}: Slurm sees to it itself", flush=True)
     return 75
 
 
-def _to_exclude(allocation: Allocation) -> list[str]:
-    """The nodes that have failed twice, if the partition has enough others."""
-    bad = sorted(host for host in allocation.unfit if allocation.memory.failures[host] >= TWICE)
-    name, least = allocation.plan.profile.partition, allocation.plan.nodes.least
+def _to_exclude(plan: Plan, memory: Memory) -> list[str]:
+    """The nodes that have failed twice, in whatever job of the run, if its partitions have enough others."""
+    bad = sorted(host for host, count in memory.failures.items() if count >= TWICE)
+    names = (plan.profile.partition or "").split(",")
     with suppress(slurm.SlurmError):
-        ours = [one for one in partitions.partitions() or [] if one.name == name or (not name and one.default)]
+        ours = [one for one in partitions.partitions() or [] if one.name in names or (names == [""] and one.default)]
         there = sum(shape.nodes for one in ours for shape in one.shapes)
-        return bad if there >= least + len(bad) else []
+        return bad if there >= plan.nodes.least + len(bad) else []
     return []
 
 
 def _exclude(job_id: str, bad: Sequence[str]) -> None:
-    """Ask Slurm for other nodes than these. It takes that of a job only once that is queued again."""
+    """Ask Slurm for other nodes than these, beside those excluded already. It takes that of a job only once that is
+    queued again.
+    """
+    if not bad:
+        return
     try:
-        slurm.ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(bad)}", patience_s=5)
+        facts = slurm.job_facts(job_id, patience_s=5)
+        hosts = sorted({*bad, *(facts.excluded if facts else ())})
+        slurm.ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(hosts)}", patience_s=5)
     except slurm.SlurmError as error:
         print(f"WARNING: {error}", file=sys.stderr, flush=True)
     else:

@@ -30,6 +30,7 @@ class Deadline:
         self.signals, self.ends_at_s, self.status, self.lead_s = signals, ends_at_s, status, lead_s
         self.started_s = time.time()
         self.end_s: float | None = None
+        self.preempted = False  # whether the end has come nearer than it was
         self.save_s: float | None = None  # how long the last save took
         self.step_s = 0.0
         self._warned: signal.Signals | None = None
@@ -82,6 +83,7 @@ class Deadline:
             if warned or time.monotonic() - asked_s > ASK_S:
                 end_s = self.ends_at_s()
                 asked_s = time.monotonic()
+                self.preempted |= bool(end_s and self.end_s and end_s < self.end_s - 1)
                 self.end_s = end_s if end_s is not None else self.end_s
                 if warned and end_s is None:
                     self._found = self._warned  # nobody can say how much time is left

@@ -58,6 +58,7 @@ class JobFacts:
     can_requeue: bool
     restarts: int
     nodes: tuple[str, ...]
+    excluded: tuple[str, ...]
     ends_at_s: float | None  # since the epoch; when it will be ended, be it by its time limit or by preemption
     log: str
 
@@ -171,6 +172,7 @@ def _facts(record: str) -> JobFacts:
         can_requeue=value(r"^ +Requeue=(\d)") == "1",
         restarts=int(value(r"^ +Requeue=\d Restarts=(\d+)") or 0),
         nodes=tuple(expand(value(r"^ +NodeList=([^(\s]*)"))),
+        excluded=tuple(expand(value(r"ExcNodeList=([^(\s]*)"))),
         ends_at_s=float(ends_at) if ends_at.isdigit() else None,
         log=value(r"^ +StdOut=(.*)$"),
     )

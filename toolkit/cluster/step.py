@@ -42,6 +42,7 @@ class Far:
         self.host, self.step = str(hello["host"]), str(hello["step"])
         self.address, self.port = str(hello["address"]), int(hello["port"])
         self.heard_s = time.monotonic()
+        self.started = False  # only then it has anything to say
         self.look = Look(torchruns=[None])
         self.undead: list[str] | None = None  # what it could not end, once it has ended
         self.missing: list[str] = []  # what it should see and does not
@@ -84,6 +85,10 @@ class Step:
         self.additions = additions
         self.nodes: dict[int, Far] = {}
         self.token = secrets.token_hex(32)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.listener: socket.socket | None = None
+        self.stopping: signal.Signals | None = None
+        self.console: queue.Queue[bytes] = queue.Queue(1000)
         self.ending = threading.Event()
         self._changing = threading.Lock()
 
@@ -104,13 +109,13 @@ class Step:
                 start_new_session=True,
                 preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - it only asks the kernel
             )
-        for work, name in ((self._accept, "toolkit-accept"), (self._beat, "toolkit-beat")):
-            threading.Thread(target=work, name=name, daemon=True).start()
+        for work in (partial(self._accept, self.listener), self._beat, self._show):
+            threading.Thread(target=work, name="toolkit-step", daemon=True).start()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):  # closed by `end`
             while True:
-                connection, _ = self.listener.accept()
+                connection, _ = listener.accept()
                 threading.Thread(target=self._meet, args=[connection], name="toolkit-node", daemon=True).start()
 
     def _meet(self, connection: socket.socket) -> None:
@@ -123,19 +128,28 @@ class Step:
         connection.settimeout(None)
         node = Far(link, hello)
         with self._changing:
+            if self.ending.is_set():
+                link.close()
+                return
             self.nodes[int(hello["node"])] = node
-            everybody = sorted(self.nodes.items()) if len(self.nodes) == len(self.hosts) else []
-        for number, one in everybody:  # this is the last that came
-            self._send(one, self._start(number, self.nodes[0]))
-        for message in link.messages():
-            node.heard_s = time.monotonic()
-            self._heard(node, message)
-        link.close()
-        node.heard_s = float("-inf") if not node.over else node.heard_s
+            if len(self.nodes) == len(self.hosts):  # this is the last that came
+                self._start_all()
+        try:
+            for message in link.messages():
+                node.heard_s = time.monotonic()
+                self._heard(node, message)
+        finally:
+            link.close()
+            node.heard_s = node.heard_s if node.over else float("-inf")
 
-    def _start(self, number: int, head: Far) -> dict[str, Any]:
-        meeting = {"address": head.address, "port": head.port, "nodes": len(self.hosts), "node": number}
-        return meeting | {"words": self.words, "processes": self.per_node, "paths": self.paths}
+    def _start_all(self) -> None:
+        """Have every agent start its ranks; a stop may have been wished before."""
+        head = self.nodes[0]
+        for number, node in sorted(self.nodes.items()):
+            node.started, node.heard_s = True, time.monotonic()
+            meeting = {"address": head.address, "port": head.port, "nodes": len(self.hosts), "node": number}
+            meeting |= {"words": self.words, "processes": self.per_node, "paths": self.paths, "stop": self.stopping}
+            self._send(node, meeting)
 
     def _heard(self, node: Far, message: Mapping[str, Any]) -> None:
         if "look" in message:
@@ -155,11 +169,18 @@ class Step:
     def _keep(self, node: Far, name: str, content: bytes) -> None:
         """A piece of a log: of rank 0's also to this process's stdout, which the scheduler keeps."""
         name = f"torchrun-{node.host}.log" if name == "torchrun.log" else name
-        with open(self.folder / name, "ab") as log:
+        with suppress(OSError), open(self.folder / name, "ab") as log:  # a full disk keeps nobody from being heard
             log.write(content)
         if name == "rank-0.log":
-            with suppress(OSError):
-                write_all(1, content)
+            with suppress(queue.Full):  # who reads it has stopped doing so
+                self.console.put_nowait(content)
+
+    def _show(self) -> None:
+        """What rank 0 says, in a thread of its own: a file system that stands still must not look like a dead node."""
+        with suppress(OSError):
+            while not (self.ending.is_set() and self.console.empty()):
+                with suppress(queue.Empty):
+                    write_all(1, self.console.get(timeout=0.5))
 
     def _beat(self) -> None:
         while not self.ending.wait(BEAT_S):
@@ -173,7 +194,7 @@ class Step:
 
     def look(self) -> Look:
         """What all agents have seen last."""
-        status = self.process.poll()
+        status = self.process.poll() if self.process else None
         notes, pulses, gone, torchruns = dict[int, Any](), dict[int, Pulse](), list[int](), list[int | None]()
         with self._changing:
             nodes = dict(self.nodes)
@@ -184,7 +205,11 @@ class Step:
             gone += node.look.gone
             torchruns += node.look.torchruns
         torchruns += [status] * (len(self.hosts) - len(nodes))  # of those that have not come, srun may know
-        return Look(notes, pulses, gone, torchruns, {} if self.ending.is_set() else self._lost(nodes))
+        places = {
+            number * self.per_node + rank: node.host for number, node in nodes.items() for rank in range(self.per_node)
+        }
+        lost = {} if self.ending.is_set() else self._lost(nodes)
+        return Look(notes, pulses, gone, torchruns, lost, places)
 
     def _unseen(self, number: int, node: Far) -> dict[int, Any]:
         """The last word of the first rank of a node that does not see what it must."""
@@ -202,21 +227,25 @@ class Step:
         for node in nodes.values():
             if not node.over and now_s - node.heard_s == float("inf"):
                 lost[node.host] = "has lost its agent: that was killed, or its slurmstepd was, or the node went down"
-            elif not node.over and now_s - node.heard_s > SILENT_S:
+            elif not node.over and node.started and now_s - node.heard_s > SILENT_S:
                 silent_s = now_s - node.heard_s
                 lost[node.host] = f"gave no sign of life for {silent_s:.0f} s: it is down, or cut off from the network"
         here = {node.host for node in nodes.values()}
         late = [host for host in self.hosts if host not in here]
-        if late and nodes and now_s - self.started_s > self.patience_s:
-            lost[late[0]] = f"has not started its agent within {self.patience_s:g} s, and others have"
-        elif late and self.process.poll() is not None and len(late) < len(self.hosts):
-            lost[late[0]] = f"could not start its agent; srun said: {self.said_by_srun()[-1000:]}"
+        ended = self.process is not None and self.process.poll() is not None
+        if nodes and now_s - self.started_s > self.patience_s:
+            lost |= dict.fromkeys(late, f"has not started its agent within {self.patience_s:g} s, and others have")
+        elif nodes and ended:
+            lost |= dict.fromkeys(late, f"could not start its agent; srun said: {self.said_by_srun()[-1000:]}")
         return lost
 
     def stop(self, number: signal.Signals) -> None:
         """Have every agent send its ranks a signal once, also those that have yet to start."""
-        for node in list(self.nodes.values()):
-            self._send(node, {"stop": int(number)})
+        with self._changing:
+            self.stopping = number
+            for node in self.nodes.values():
+                if node.started:
+                    self._send(node, {"stop": number})
 
     def death(self, rank: int) -> Death:
         """Of what a rank died that has left no word."""
@@ -249,31 +278,38 @@ class Step:
 
     def end(self) -> list[str]:
         """Have every node end what is left there. Of one that does not answer, its agent does so by itself."""
-        self.ending.set()
+        with self._changing:
+            self.ending.set()
         nodes = [node for node in self.nodes.values() if node.heard_s > time.monotonic() - SILENT_S]
         for node in nodes:
             self._send(node, {"end": True})
         deadline_s = time.monotonic() + END_S
         while time.monotonic() < deadline_s and not all(node.over or node.heard_s < 0 for node in nodes):
             time.sleep(0.05)
-        with suppress(OSError):  # closed alone, it would not wake who waits for a connection
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
+        if self.listener:
+            with suppress(OSError):  # closed alone, it would not wake who waits for a connection
+                self.listener.shutdown(socket.SHUT_RDWR)
+            self.listener.close()
         for node in list(self.nodes.values()):
             node.link.close()
-        self._end_srun()
+        if self.process:
+            self._end_srun(self.process)
         return [words for node in self.nodes.values() for words in node.undead or []]
 
-    def _end_srun(self) -> None:
+    def _end_srun(self, process: "subprocess.Popen[bytes]") -> None:
         """It waits for ever for a task whose slurmstepd was killed, or for a node that is down."""
-        if all(node.over for node in self.nodes.values()):
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(SRUN_S)
-                return
+        if all(node.over for node in self.nodes.values()) and _ends(process):
+            return
         for step in {node.step for node in self.nodes.values()}:
             self.cancel(step)
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(SRUN_S)
-            return
-        self.process.kill()
-        self.process.wait()
+        process.terminate()
+        if not _ends(process):
+            process.kill()
+            process.wait()
+
+
+def _ends(process: "subprocess.Popen[bytes]") -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(SRUN_S)
+        return True
+    return False
