@@ -66,6 +66,10 @@ class Place(Protocol):
     def after(self, failure: Failure) -> str:
         """Draw the consequences of a failure. Returns why there can be no other start here, or nothing."""
 
+    @property
+    def mended(self) -> bool:
+        """Whether the next start is spared what the last failure came of, such as a bad node."""
+
 
 class Here:
     """This machine, which is as good as before after each failure."""
@@ -78,6 +82,8 @@ class Here:
 
     def after(self, failure: Failure) -> str:
         return ""
+
+    mended = False
 
 
 class _LastWords:
@@ -240,7 +246,7 @@ class Supervisor:
             return False, "not started again, for a stop was asked for"
         if unfit:
             return False, f"not started again here: {unfit}"
-        if not progress and failure.comes_back(self.earlier):
+        if not progress and failure.comes_back(self.earlier) and not self.place.mended:
             return False, "not started again: the same failure has come back with no new checkpoint in between"
         if self.restarts == self.max_restarts:
             return False, f"not started again: launch.max_restarts is {self.max_restarts}; {AGAIN}"

@@ -267,12 +267,22 @@ def _slurmctld(scene: Scene) -> None:
     bed("slurmctld-start")
 
 
+def _twice(scene: Scene) -> None:
+    """Something is wrong with a node: a rank of it is killed, and again."""
+    os.kill(scene.rank(3), signal.SIGKILL)
+    for path in scene.folder.glob("held-*"):
+        path.unlink()
+    scene.wait_until_held()
+    os.kill(scene.rank(3), signal.SIGKILL)
+
+
 FAULTS = [
     Fault("time limit", lambda scene: None, warned=True, options=("--time", "1"), said="is queued again"),
     Fault("preempted by urgent", _preempt, warned=True, said="Slurm sees to it itself|is queued again"),
     Fault("scontrol requeue", lambda scene: str(slurm.ask("scontrol", "requeue", scene.job_id)) and None),
     Fault("rank 1 killed", lambda scene: os.kill(scene.rank(1), signal.SIGKILL), page=r"rank 1 \(pid \d+\) was killed"),
     Fault("rank 3 killed", lambda scene: os.kill(scene.rank(3), signal.SIGKILL), page=r"rank 3 \(pid \d+\) was killed"),
+    Fault("rank 3 killed, and again", _twice, said=r"without node n\d, which has failed twice"),
     Fault("torchrun killed", _kill("torch.distributed.run", last=True), page=r"torchrun \(pid \d+\) was killed"),
     Fault("supervisor killed", _kill("-m toolkit supervise"), said="the supervisor was killed by SIGKILL"),
     Fault("slurmstepd killed", _slurmstepd, page="node n. has lost its agent"),

@@ -35,7 +35,7 @@ class Allocation:
         self.environment, self.paths, self.warned = dict(environment), paths, warned
         self.hosts = slurm.expand(environment["SLURM_JOB_NODELIST"])
         self.unfit = {host for host in self.hosts if memory.failures.get(host, 0) >= TWICE}
-        self.short = False  # whether too few nodes are left
+        self.short = self.mended = False  # whether too few nodes are left; whether the last failure has cost one
         if len(self.fit()) < plan.nodes.least:
             self.unfit.clear()  # Slurm has no others for us, it seems
 
@@ -62,7 +62,7 @@ class Allocation:
 
     def after(self, failure: Failure) -> str:
         """Leave out a node that is dead, or has failed twice. Returns why no start is possible here, or nothing."""
-        host = failure.host
+        host, before = failure.host, set(self.unfit)
         if failure.blames_host and host in self.hosts:
             count = self.memory.failed(host)
             if count >= TWICE:
@@ -70,6 +70,7 @@ class Allocation:
             elif failure.rank is None and not self._alive(host):
                 self._leave_out(host, "it does not answer")
         self._forget_lost()
+        self.mended = self.unfit != before
         left = len(self.fit())
         self.short = left < self.plan.nodes.least
         return f"{left} of at least {self.plan.nodes.least} nodes are left" if self.short else ""

@@ -17,7 +17,7 @@ from toolkit.cluster.plan import Plan
 from toolkit.errors import JobError
 from toolkit.process import be_subreaper
 from toolkit.run import CANCEL, COMPLETE, STOP, Run
-from toolkit.signals import StopSignals
+from toolkit.signals import StopSignals, hold_back
 from toolkit.supervisor import Supervisor
 
 MOST = 3  # times that a job is queued again with no new checkpoint in between
@@ -88,25 +88,35 @@ def _again(run: Run, job_id: str, allocation: Allocation, restarts: int) -> int:
         run.mark("failed", reason=words, exit=1)
         print(words, file=sys.stderr, flush=True)
         return 1
+    hold_back()  # from here on TERM is what we have asked for, also to the commands that are started here
+    bad = _to_exclude(allocation)
     became = slurm.requeue(job_id, restarts, PATIENCE_S)
     if became == slurm.REQUEUED:
         print(f"job {job_id} is queued again, to go on from the newest checkpoint", flush=True)
-        _exclude(job_id, allocation)
+        if bad:
+            _exclude(job_id, bad)
         time.sleep(60)  # Slurm ends this within KillWait
     else:
         print(f"job {job_id} is {became}: Slurm sees to it itself", flush=True)
     return 75
 
 
-def _exclude(job_id: str, allocation: Allocation) -> None:
-    """Ask Slurm for other nodes than those that have failed twice, if there are others. It takes that from now on."""
+def _to_exclude(allocation: Allocation) -> list[str]:
+    """The nodes that have failed twice, if the partition has enough others."""
     bad = sorted(host for host in allocation.unfit if allocation.memory.failures[host] >= TWICE)
     name, least = allocation.plan.profile.partition, allocation.plan.nodes.least
-    try:
+    with suppress(slurm.SlurmError):
         ours = [one for one in partitions.partitions() or [] if one.name == name or (not name and one.default)]
-        there = [shape.nodes for one in ours for shape in one.shapes]
-        if bad and sum(there) >= least + len(bad):
-            slurm.ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(bad)}", patience_s=5)
-            print(f"without node {', '.join(bad)}, which has failed twice", flush=True)
+        there = sum(shape.nodes for one in ours for shape in one.shapes)
+        return bad if there >= least + len(bad) else []
+    return []
+
+
+def _exclude(job_id: str, bad: Sequence[str]) -> None:
+    """Ask Slurm for other nodes than these. It takes that of a job only once that is queued again."""
+    try:
+        slurm.ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(bad)}", patience_s=5)
     except slurm.SlurmError as error:
         print(f"WARNING: {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"without node {', '.join(bad)}, which has failed twice", flush=True)
