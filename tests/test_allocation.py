@@ -1,6 +1,7 @@
 """Which nodes of an allocation are used for the next start, after what has befallen them."""
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +51,36 @@ def allocated(nodes: str, hosts: list[str] = HOSTS) -> Allocation:
     return Allocation(plan, "7", Memory(Run(plan.job.run.dir), "7"), environment, [], lambda number: None)
 
 
-def failure(host: str, rank: int | None = 0, blames: bool = True) -> Failure:
-    return Failure("who", "kind", "cause", "remedy", Pulse(), rank, host, blames_host=blames)
+NUMBERS = count()
+
+
+def failure(
+    host: str, rank: int | None = 0, blames: bool = True, kind: str = "", lost: tuple[str, ...] = ()
+) -> Failure:
+    """Of a kind of its own, unless that is given."""
+    kind = kind or f"kind {next(NUMBERS)}"
+    return Failure("who", kind, "cause", "remedy", Pulse(), rank, host, blames_host=blames, lost=lost)
+
+
+def after(here: Allocation, failure: Failure) -> str:
+    """Why a failure leaves no other start, or nothing."""
+    return here.after(failure, 20).ends
 
 
 @pytest.mark.usefixtures("fake")
 def test_what_is_no_fault_of_a_node_costs_no_node() -> None:
     here = allocated("4")
-    assert [here.after(failure("n2", blames=False)) for _ in range(3)] == [""] * 3
-    assert here.after(failure("login")) == ""
+    assert [after(here, failure("n2", blames=False)) for _ in range(3)] == [""] * 3
+    assert after(here, failure("login")) == ""
     assert (here.fit(), here.short) == (HOSTS, False)
 
 
 @pytest.mark.usefixtures("fake")
 def test_a_node_that_has_failed_twice_is_left_out_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     here = allocated("2:4")
-    assert here.after(failure("n2")) == ""
+    assert after(here, failure("n2")) == ""
     assert here.fit() == HOSTS
-    assert here.after(failure("n2")) == ""
+    assert after(here, failure("n2")) == ""
     assert here.fit() == ["n1", "n3", "n4"]
     assert "node n2 is left out from now on: it has failed 2 times" in capsys.readouterr().out
 
@@ -75,17 +88,17 @@ def test_a_node_that_has_failed_twice_is_left_out_by_name(capsys: pytest.Capture
 @pytest.mark.usefixtures("fake")
 def test_too_few_nodes_end_it_here_and_the_job_is_to_be_queued_again() -> None:
     here = allocated("4")
-    here.after(failure("n2"))
-    assert here.after(failure("n2")) == "3 of at least 4 nodes are left"
+    after(here, failure("n2"))
+    assert after(here, failure("n2")) == "3 of at least 4 nodes are left here"
     assert here.short
 
 
 def test_a_dead_node_is_left_out_at_once(fake: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
     here = allocated("1:4")
-    assert here.after(failure("n1", rank=None)) == ""
+    assert after(here, failure("n1", rank=None)) == ""
     assert here.fit() == HOSTS, "it has answered"
     fake.dead = {"n3"}
-    assert here.after(failure("n3", rank=None)) == ""
+    assert after(here, failure("n3", rank=None)) == ""
     assert here.fit() == ["n1", "n2", "n4"]
     assert "node n3 is left out from now on: it does not answer" in capsys.readouterr().out
     assert fake.asked[-1] == (
@@ -96,13 +109,13 @@ def test_a_dead_node_is_left_out_at_once(fake: Slurm, capsys: pytest.CaptureFixt
 @pytest.mark.usefixtures("fake")
 def test_a_job_that_is_started_again_remembers_its_nodes() -> None:
     here = allocated("2:4")
-    here.after(failure("n2"))
-    here.after(failure("n2"))
-    here.after(failure("n4"))
+    after(here, failure("n2"))
+    after(here, failure("n2"))
+    after(here, failure("n4"))
     assert json.loads(Path("runs/digits/nodes.json").read_text())["failures"] == {"n2": 2, "n4": 1}
     again = allocated("2:4")
     assert again.fit() == ["n1", "n3", "n4"]
-    again.after(failure("n4"))
+    after(again, failure("n4"))
     assert again.fit() == ["n1", "n3"]
 
 
@@ -120,6 +133,30 @@ def test_a_start_is_over_as_many_fit_nodes_as_the_run_may_have(tmp_path: Path) -
     step = here.attempt(tmp_path)
     assert (step.hosts, step.processes) == (["n1", "n2"], 4)
     assert "--nodelist=n1,n2" in step.srun
-    here.after(failure("n1"))
-    here.after(failure("n1"))
+    after(here, failure("n1"))
+    after(here, failure("n1"))
     assert here.attempt(tmp_path).hosts == ["n2", "n3"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_what_fails_on_one_node_after_another_is_the_jobs_own_and_costs_none() -> None:
+    here = allocated("1:4")
+    assert after(here, failure("n2", kind="SIGSEGV")) == ""
+    assert "on node n2 and now on n3, with no new checkpoint since: it is the job's own" in after(
+        here, failure("n3", kind="SIGSEGV")
+    )
+    assert (here.fit(), here.short, here.memory.failures["n2"]) == (HOSTS, False, 0)
+    assert not here.after(failure("n4", kind="SIGSEGV"), 30).ends, "there is a new checkpoint"
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_next_start_of_the_job_knows_what_failed_before() -> None:
+    after(allocated("2"), failure("n2", kind="SIGSEGV"))
+    assert "it is the job's own" in after(allocated("2"), failure("n1", kind="SIGSEGV"))
+
+
+def test_all_nodes_that_are_lost_at_once_are_left_out_together(fake: Slurm) -> None:
+    fake.dead = {"n2", "n4"}
+    here = allocated("1:4")
+    assert here.after(failure("n2", rank=None, lost=("n2", "n3", "n4")), 20).mended
+    assert here.fit() == ["n1", "n3"]

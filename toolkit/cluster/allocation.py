@@ -73,7 +73,7 @@ class Allocation:
         if hosts and not failure.lost and (other := self.memory.elsewhere(what, saved_step, host)):
             self.short = False
             return Consequence(
-                f"the same failure has come on node {other} and now on {host}, with no new checkpoint in between: it is "
+                f"the same failure has come on node {other} and now on {host}, with no new checkpoint since: it is "
                 "the job's own"
             )
         for one in hosts:
