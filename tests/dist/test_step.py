@@ -21,9 +21,11 @@ from toolkit.cluster.step import Step
 
 # srun FOLDER NODES: an agent on each node; ends when all have.
 SRUN = """
-import os, subprocess, sys
+import os, subprocess, sys, time
 agents = []
 for number in range(int(sys.argv[1])):
+    while number and os.path.exists("keep-back"):
+        time.sleep(0.05)
     slurm = {"SLURM_NODEID": str(number), "SLURM_STEP_ID": "0", "SLURMD_NODENAME": f"far{number}",
              "SLURM_LAUNCH_NODE_IPADDR": sys.argv[2]}
     agents.append(subprocess.Popen([sys.executable, "-m", "toolkit.cluster.agent"], env=os.environ | slurm))
@@ -79,9 +81,9 @@ def started(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Started]:
         if process.pid != os.getpid():
             process.resume()
     stage.release()
-    if hasattr(here.step, "process"):
-        here.step.end()
+    here.step.end()
     monkeypatch.chdir("/")
+    stage.wait_for(lambda: not stage.alive(), "end of every process", timeout_s=20)
 
 
 def hold(stage: Stage, before: int = 3) -> None:
@@ -210,3 +212,49 @@ def test_nobody_outlives_a_killed_supervisor(stage: Stage) -> None:
     start_s = time.monotonic()
     stage.wait_for(lambda: not stage.alive(), "end of every process", timeout_s=15)
     print(f"nobody is left {time.monotonic() - start_s:.1f} s after the supervisor was killed")
+
+
+@pytest.fixture
+def half(started: Started, stage: Stage) -> Started:
+    """A step of which one agent is here, and the other comes when the file keep-back goes."""
+    (stage.folder / "keep-back").touch()
+    started.start()
+    started.until(lambda look: started.step.nodes, "first agent")
+    return started
+
+
+def test_an_agent_that_waits_for_others_is_not_lost(
+    half: Started, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "SILENT_S", 0.5)
+    met_s = half.step.nodes[0].heard_s
+    look = half.until(lambda look: time.monotonic() - met_s > 1, "a second")
+    assert not look.lost
+    monkeypatch.setattr(step, "SILENT_S", 15.0)
+    (stage.folder / "keep-back").unlink()
+    look = half.until(lambda look: look.ended, "end", 90)
+    assert {note["exit"] for note in look.notes.values()} == {0}
+
+
+def test_a_stop_that_comes_before_the_start_stops_every_rank(half: Started, stage: Stage) -> None:
+    half.step.stop(signal.SIGTERM)
+    (stage.folder / "keep-back").unlink()
+    look = half.until(lambda look: look.ended, "end", 90)
+    assert [note["exit"] for note in look.notes.values()] == [75, 75]
+
+
+def test_what_is_ended_before_it_has_begun_never_begins(half: Started, stage: Stage) -> None:
+    started_s = time.monotonic()
+    assert half.step.end() == []
+    assert time.monotonic() - started_s < step.END_S, "an agent that waits was not told"
+    (stage.folder / "keep-back").unlink()
+    stage.wait_for(lambda: not half.agents(), "end of all agents", timeout_s=20)
+    assert not (stage.folder / "runs").exists()
+
+
+def test_without_srun_it_says_so(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stage.folder)
+    one = Step(stage.folder, ["no-such-srun"], ["n1"], 1, patience_s=1)
+    with pytest.raises(FileNotFoundError, match="no-such-srun"):
+        one.start(TRAIN, {})
+    assert one.end() == []

@@ -49,9 +49,12 @@ def main() -> int:
         address=address,
         port=free_port(address),
     )
-    start = next((message for message in link.messages() if "words" in message), None)
+    start = next((message for message in link.messages() if message.keys() & {"words", "end"}), None)
     if start is None:
         return 1
+    if "end" in start:
+        link.send(ended=[])
+        return 0
     if missing := [path for path in start["paths"] if not os.path.exists(path)]:
         link.send(missing=missing)
         return 0
