@@ -276,12 +276,20 @@ def _twice(scene: Scene) -> None:
     os.kill(scene.rank(3), signal.SIGKILL)
 
 
+def _kill_while_stopping(scene: Scene) -> None:
+    """Somebody asks the job to end, and before all is saved a rank dies."""
+    slurm.ask("scancel", "--signal=TERM", "--batch", scene.job_id)
+    scene.wait_for(lambda: "told to stop" in scene.said(), "warning", STEP_S)
+    os.kill(scene.rank(1), signal.SIGKILL)
+
+
 FAULTS = [
     Fault("time limit", lambda scene: None, warned=True, options=("--time", "1"), said="is queued again"),
     Fault("preempted by urgent", _preempt, warned=True, said="Slurm sees to it itself|is queued again"),
     Fault("scontrol requeue", lambda scene: str(slurm.ask("scontrol", "requeue", scene.job_id)) and None),
     Fault("rank 1 killed", lambda scene: os.kill(scene.rank(1), signal.SIGKILL), page=r"rank 1 \(pid \d+\) was killed"),
     Fault("rank 3 killed", lambda scene: os.kill(scene.rank(3), signal.SIGKILL), page=r"rank 3 \(pid \d+\) was killed"),
+    Fault("rank 1 killed while told to stop", _kill_while_stopping, said="is queued again"),
     Fault("rank 3 killed, and again", _twice, said=r"without node n\d, which has failed twice"),
     Fault("torchrun killed", _kill("torch.distributed.run", last=True), page=r"torchrun \(pid \d+\) was killed"),
     Fault("supervisor killed", _kill("-m toolkit supervise"), said="the supervisor was killed by SIGKILL"),

@@ -70,6 +70,9 @@ def cosine(step, total_steps, **args):
     if Path(f"plant-memory-{RANK}").exists():
         Path(f"plant-memory-{RANK}").unlink()
         torch.ones(1 << 28)
+    if Path(f"plant-exit-{RANK}").exists():
+        Path(f"plant-exit-{RANK}").unlink()
+        os._exit(3)
     if Path(f"plant-error-{RANK}").exists():
         Path(f"plant-error-{RANK}").unlink()
         raise ValueError("torn in two")
@@ -255,6 +258,8 @@ FAULTS = [
           page=r"\*\*rank 1 gave no sign of life for \d+\.\d s in phase step, whose limit is 6 s: it is stopped, at ",
           extra=("launch.limits.step_s=6",), stacks=True),
     Fault("exception on rank 1", lambda scene: scene.plant("error-1"), page=r"\*\*rank 1: ValueError: torn in two"),
+    Fault("os._exit of rank 1", lambda scene: scene.plant("exit-1"),
+          page=r"\*\*rank 1 \(pid \d+\) ended with exit status 3 and without a word"),
     Fault("memory limit of rank 1", _little_room, page=r"\*\*rank 1: out of memory in step 26: "),
     Fault("memory cgroup of rank 1", _little_room_in_a_cgroup,
           page=r"\*\*rank 1 \(pid \d+\) was killed by the kernel: out of memory"),

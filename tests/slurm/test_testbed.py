@@ -46,6 +46,7 @@ def test_a_second_up_changes_nothing(cluster: Cluster) -> None:
     assert cluster.show(job)["JobState"] == "RUNNING"
 
 
+@pytest.mark.campaign
 def test_an_urgent_job_takes_the_nodes_after_a_warning(cluster: Cluster) -> None:
     job = cluster.sbatch(NOTING, "--nodes=2", "--nodelist=n1,n2", "--exclusive", "--signal=B:USR2@60")
     cluster.until((cluster.folder / "started").exists, "the step")
@@ -57,6 +58,7 @@ def test_an_urgent_job_takes_the_nodes_after_a_warning(cluster: Cluster) -> None
     cluster.wait(job, "PENDING", "RUNNING", restarts=1)
 
 
+@pytest.mark.campaign
 def test_a_job_whose_node_dies_starts_again_elsewhere(cluster: Cluster) -> None:
     job = cluster.sbatch("srun sleep 60", "--nodes=2", "--requeue", "--exclude=n1")
     cluster.wait(job, "RUNNING")
@@ -68,6 +70,7 @@ def test_a_job_whose_node_dies_starts_again_elsewhere(cluster: Cluster) -> None:
     cluster.wait_node(2, "idle")
 
 
+@pytest.mark.campaign
 def test_a_node_without_its_cable_is_down_until_it_is_joined(cluster: Cluster) -> None:
     cluster.net_cut(4)
     unreachable = ["timeout", "2", "bash", "-c", "echo > /dev/tcp/10.77.0.14/6818"]
@@ -78,6 +81,7 @@ def test_a_node_without_its_cable_is_down_until_it_is_joined(cluster: Cluster) -
     cluster.wait_node(4, "idle")
 
 
+@pytest.mark.campaign
 def test_a_job_outlives_the_controller_and_its_nodes_slurmd(cluster: Cluster) -> None:
     job = cluster.sbatch("touch started; until [ -e finish ]; do sleep 0.1; done; echo finished", "--nodelist=n3")
     started = cluster.folder / "started"
