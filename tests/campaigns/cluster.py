@@ -32,6 +32,7 @@ if str(ROOT) not in sys.path:  # as a script
 
 import torch
 
+from tests.campaigns.faults import Outcome
 from tests.conftest import tensors_of
 from tests.store import servers
 from toolkit import storage
@@ -302,21 +303,8 @@ FAULTS = [
 ]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run has come to."""
-
-    tensors: dict[str, torch.Tensor]
-    metrics: list[dict[str, Any]]
-
-    @classmethod
-    def of(cls, scene: Scene) -> "Outcome":
-        return cls(scene.tensors(), scene.told())
-
-    def same(self, other: "Outcome") -> bool:
-        names = self.tensors.keys()
-        equal = names == other.tensors.keys() and all(torch.equal(self.tensors[n], other.tensors[n]) for n in names)
-        return equal and self.metrics == other.metrics
+def outcome_of(scene: Scene) -> Outcome:
+    return Outcome(scene.tensors(), scene.told())
 
 
 @contextlib.contextmanager
@@ -334,7 +322,7 @@ def undisturbed(folder: Path, processes: int = 4) -> Outcome:
     """What the run comes to on this machine, without Slurm."""
     scene = Scene(folder)
     scene.toolkit("train", "job.yaml", f"run.dir={scene.url}", "--processes", str(processes))
-    return Outcome.of(scene)
+    return outcome_of(scene)
 
 
 @contextlib.contextmanager
@@ -381,7 +369,7 @@ def suffer(fault: Fault, folder: Path, expected: Outcome, **settings: Any) -> tu
             assert re.search(fault.page, page), page
         status = scene.run.status() or {}
         assert (status["state"], status["exit"], status["step"]) == ("completed", 0, STEPS), status
-        assert Outcome.of(scene).same(expected), "it did not end as an undisturbed run"
+        assert outcome_of(scene).same(expected), "it did not end as an undisturbed run"
         scene.wait_for(lambda: not scene.pids(), "end of every process", 30)
         return took_s, lost
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.campaigns.cluster import FAULTS, WITHIN, Fault, Outcome, shrink, store_of_all_nodes, suffer, undisturbed
+from tests.campaigns.cluster import FAULTS, WITHIN, Fault, shrink, store_of_all_nodes, suffer, undisturbed
+from tests.campaigns.faults import Outcome
 
 pytestmark = pytest.mark.timeout(400)
 
