@@ -207,7 +207,24 @@ def test_components_in_an_image_are_not_looked_for_here(login: Login) -> None:
     def fail(job: Job) -> None:
         raise AssertionError("looked for")
 
-    assert login.submit(image="/images/torch.sqsh", screen=fail) == 0
+    (login.folder / "cluster.yaml").write_text("container: {runtime: apptainer}\n")
+    assert login.submit(image="/images/torch.sif", cluster="cluster.yaml", screen=fail) == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("./img.sif", "give an absolute path"),
+        ("nvcr.io/nvidia/pytorch", "pyxis wants a # after the registry"),
+        ("/images/torch.sqsh", "pyxis cannot mount a path with ' ' in it"),
+    ],
+)
+def test_a_container_that_no_node_could_start_is_refused_here(image: str, words: str, login: Login) -> None:
+    before = login.files()
+    with pytest.raises(JobError, match=re.escape(words)):
+        login.submit(image=image)
+    assert login.files() == before
+    assert not login.given.exists()
 
 
 @pytest.mark.parametrize("options", [{}, {"executor": "local", "sweeps": ["run.seed=1,2"]}])
