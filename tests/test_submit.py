@@ -109,13 +109,13 @@ def test_nothing_of_the_environment_is_put_above_the_script(login: Login, monkey
     set_here = {
         "SBATCH_PARTITION": "a", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "KILL@9", "SBATCH_EXPORT": "NONE",
         "SBATCH_NO_REQUEUE": "1", "SBATCH_ACCOUNT": "mine", "SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "1",
-        "SLURM_CONF": "/etc/x",
+        "SLURM_CONF": "/etc/x", "SLURM_JWT": "who.asks",
     }  # fmt: skip
     for name, value in set_here.items():
         monkeypatch.setenv(name, value)
     login.submit(asked={"partition": "main"})
     given = (login.given.parent / "given.env").read_text()
-    assert set(re.findall(r"(?:SBATCH|SLURM)_\w+", given)) == {"SBATCH_ACCOUNT", "SLURM_CONF"}
+    assert set(re.findall(r"(?:SBATCH|SLURM)_\w+", given)) == {"SBATCH_ACCOUNT", "SLURM_CONF", "SLURM_JWT"}
     assert {name: os.environ[name] for name in set_here} == set_here
 
 
