@@ -4,10 +4,13 @@ import json
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from toolkit import oom, postmortem, pulse, watchdog, world
@@ -17,7 +20,7 @@ from toolkit.errors import JobError
 from toolkit.oom import OomWatch
 from toolkit.postmortem import Failure
 from toolkit.pulse import Pulse
-from toolkit.stacks import innermost
+from toolkit.stacks import PATIENCE_S, innermost, where
 
 LIMITS = {"start": 100.0, "step": 10.0, "evaluation": 20.0, "save": 30.0}
 
@@ -89,6 +92,45 @@ def test_where_a_rank_is_is_the_innermost_line_of_its_main_thread(tmp_path: Path
     )
     assert innermost(stacks) == '"mine.py", line 20 in forward'
     assert innermost(tmp_path / "none") == ""
+
+
+FAMILY = """
+import faulthandler, os, signal, sys, time
+out = open(sys.argv[1], "ab", buffering=0)
+faulthandler.register(signal.SIGQUIT, out, all_threads=True)
+for silent in (True, False):
+    if os.fork() == 0:
+        if silent:
+            signal.signal(signal.SIGQUIT, lambda *caught: None)
+        while os.getppid() != 1:
+            time.sleep(0.1)
+        sys.exit()
+print("ready", flush=True)
+time.sleep(120)
+"""
+
+
+def test_many_silent_processes_are_waited_for_together(tmp_path: Path) -> None:
+    logs = [tmp_path / f"rank-{rank}-stacks.log" for rank in range(6)]
+    ranks = [subprocess.Popen([sys.executable, "-c", FAMILY, str(log)], stdout=subprocess.PIPE) for log in logs]
+    try:
+        assert all(process.stdout and process.stdout.readline() for process in ranks)
+        began_s = time.monotonic()
+        found = where(tmp_path, {rank: {"pid": process.pid} for rank, process in enumerate(ranks)})
+        assert time.monotonic() - began_s < 3 * PATIENCE_S, "not 6 silent ones after one another"
+    finally:
+        for process in ranks:
+            everyone = [process, *psutil.Process(process.pid).children()]
+            for one in everyone:
+                one.kill()
+            process.communicate(timeout=30)
+    for rank, log in enumerate(logs):
+        own, silent, answers = log.read_text().split("a child of")
+        assert own.startswith(f"rank {rank} (pid {ranks[rank].pid}, ")
+        assert "most recent call first" in own
+        assert "it did not answer within" in silent
+        assert "most recent call first" in answers
+        assert found[rank].line.startswith('"<string>", line ')
 
 
 @pytest.mark.parametrize(

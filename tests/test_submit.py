@@ -109,13 +109,13 @@ def test_nothing_of_the_environment_is_put_above_the_script(login: Login, monkey
     set_here = {
         "SBATCH_PARTITION": "a", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "KILL@9", "SBATCH_EXPORT": "NONE",
         "SBATCH_NO_REQUEUE": "1", "SBATCH_ACCOUNT": "mine", "SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "1",
-        "SLURM_CONF": "/etc/x",
+        "SLURM_CONF": "/etc/x", "SLURM_JWT": "who.asks",
     }  # fmt: skip
     for name, value in set_here.items():
         monkeypatch.setenv(name, value)
     login.submit(asked={"partition": "main"})
     given = (login.given.parent / "given.env").read_text()
-    assert set(re.findall(r"(?:SBATCH|SLURM)_\w+", given)) == {"SBATCH_ACCOUNT", "SLURM_CONF"}
+    assert set(re.findall(r"(?:SBATCH|SLURM)_\w+", given)) == {"SBATCH_ACCOUNT", "SLURM_CONF", "SLURM_JWT"}
     assert {name: os.environ[name] for name in set_here} == set_here
 
 
@@ -207,7 +207,24 @@ def test_components_in_an_image_are_not_looked_for_here(login: Login) -> None:
     def fail(job: Job) -> None:
         raise AssertionError("looked for")
 
-    assert login.submit(image="/images/torch.sqsh", screen=fail) == 0
+    (login.folder / "cluster.yaml").write_text("container: {runtime: apptainer}\n")
+    assert login.submit(image="/images/torch.sif", cluster="cluster.yaml", screen=fail) == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("./img.sif", "give an absolute path"),
+        ("nvcr.io/nvidia/pytorch", "pyxis wants a # after the registry"),
+        ("/images/torch.sqsh", "pyxis cannot mount a path with ' ' in it"),
+    ],
+)
+def test_a_container_that_no_node_could_start_is_refused_here(image: str, words: str, login: Login) -> None:
+    before = login.files()
+    with pytest.raises(JobError, match=re.escape(words)):
+        login.submit(image=image)
+    assert login.files() == before
+    assert not login.given.exists()
 
 
 @pytest.mark.parametrize("options", [{}, {"executor": "local", "sweeps": ["run.seed=1,2"]}])

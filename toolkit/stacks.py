@@ -16,7 +16,8 @@ from toolkit.rank import SHOW_STACKS
 
 STOPPED = "stopped"
 STUCK = "in uninterruptible sleep (a disk or device that does not answer)"
-PATIENCE_S = 3.0  # for one process to show its stacks
+PATIENCE_S = 3.0  # for all processes to show their stacks
+_LEAST_S = 0.5  # for each, though others have used up all patience
 NCCL_PATIENCE_S = 6.0  # for the flight recorders of all ranks
 
 
@@ -24,9 +25,7 @@ def where(folder: Path, notes: Mapping[int, Mapping[str, Any]]) -> dict[int, Whe
     """Have the ranks that left these notes in a folder write down their stacks, stopped ones too."""
     states = {rank: _state(note["pid"]) for rank, note in notes.items()}
     asked = [rank for rank in states if _ask_nccl(folder, rank)]
-    for rank, note in notes.items():
-        if "exit" not in note:
-            _show_stacks(folder, rank, note)
+    _show_stacks(folder, {rank: note["pid"] for rank, note in notes.items() if "exit" not in note})
     _wait_for_nccl(folder, asked)
     return {rank: Where(state, innermost(folder / f"rank-{rank}-stacks.log")) for rank, state in states.items()}
 
@@ -38,29 +37,47 @@ def _state(pid: int) -> str:
     return "gone"
 
 
-def _show_stacks(folder: Path, rank: int, note: Mapping[str, Any]) -> None:
-    """The stacks of a rank, then of its loader workers, which may be what it waits for."""
-    path = folder / f"rank-{rank}-stacks.log"
-    processes = []
+def _show_stacks(folder: Path, pids: Mapping[int, int]) -> None:
+    """The stacks of ranks, then of their loader workers, which may be what they wait for.
+
+    A rank and its children write into one file: of all ranks at once, one process after another is asked.
+    """
+    families = {folder / f"rank-{rank}-stacks.log": _family(rank, pid) for rank, pid in pids.items()}
+    deadline_s = time.monotonic() + PATIENCE_S
+    for turn in range(max(map(len, families.values()), default=0)):
+        asked = [(path, *family[turn]) for path, family in families.items() if turn < len(family)]
+        _show_one_each(asked, max(deadline_s, time.monotonic() + _LEAST_S))
+
+
+def _family(rank: int, pid: int) -> list[tuple[str, psutil.Process]]:
+    """A rank's process and its children, and who they are."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        processes = [psutil.Process(note["pid"]), *psutil.Process(note["pid"]).children(recursive=True)]
-    for at, process in enumerate(processes):
-        who = f"rank {rank}" if at == 0 else f"a child of rank {rank}, such as a loader worker"
+        own = psutil.Process(pid)
+        child = f"a child of rank {rank}, such as a loader worker"
+        return [(f"rank {rank}", own), *((child, process) for process in own.children(recursive=True))]
+    return []
+
+
+def _show_one_each(asked: Iterable[tuple[Path, str, psutil.Process]], deadline_s: float) -> None:
+    """The stacks of processes that write into a file each; of one that is silent, what the kernel says."""
+    silent = {}
+    for path, who, process in asked:
         _append(path, f"{who} (pid {process.pid}, {_state(process.pid)}):\n")
-        size = path.stat().st_size
         if not _catches(process.pid, SHOW_STACKS):
             _append(path, "  it has no handler that would show its stacks\n")
             continue
+        silent[path] = (process.pid, path.stat().st_size)
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(SHOW_STACKS)
             process.send_signal(signal.SIGCONT)  # a stopped one shows them before it does anything else
-        deadline_s = time.monotonic() + PATIENCE_S
-        while path.stat().st_size == size and time.monotonic() < deadline_s and not is_gone(process.pid):
-            time.sleep(0.02)
+    began_s = time.monotonic()
+    while any(not is_gone(pid) for pid, _ in silent.values()) and time.monotonic() < deadline_s:
+        silent = {path: (pid, size) for path, (pid, size) in silent.items() if path.stat().st_size == size}
+        time.sleep(0.02)
+    for path, (pid, size) in silent.items():
         if path.stat().st_size == size:
-            _append(
-                path, f"  it did not answer within {PATIENCE_S:.0f} s; the kernel says: {_kernel_stack(process.pid)}\n"
-            )
+            waited_s = time.monotonic() - began_s
+            _append(path, f"  it did not answer within {waited_s:.1f} s; the kernel says: {_kernel_stack(pid)}\n")
 
 
 def _ask_nccl(folder: Path, rank: int) -> bool:

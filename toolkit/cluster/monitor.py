@@ -119,12 +119,15 @@ def _scheduled(known: Known, answer: Answer) -> tuple[Entry | None, str | None]:
     if not known.job_id:
         return _here(known.submitted) if known.submitted else (None, None)
     entry = answer.entries.get(known.job_id)
+    unknown = answer.problem or (
+        "Slurm has yet to be asked: look again in 10 s" if known.job_id in answer.unasked else None
+    )
     if entry or not known.submitted:
-        return entry, answer.problem
+        return entry, unknown
     if not answer.here:
         return None, "no Slurm here to ask"
     lately = known.submitted_s > answer.at_s - _SUBMITTED_LATELY_S
-    return None, answer.problem or ("it was submitted just now" if lately else None)
+    return None, unknown or ("it was submitted just now" if lately else None)
 
 
 def _here(submitted: Tree) -> tuple[Entry | None, str | None]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.cluster.slurm import NoSlurmError, SlurmError, all_jobs, ask
+from toolkit.cluster.slurm import AwayError, NoSlurmError, SlurmError, UnknownJobError, all_jobs, ask
 from toolkit.errors import RunError
 
 PERIOD_S = 10.0
@@ -60,7 +60,8 @@ _REASONS = {
     "MaxMem": "a limit of its account is reached",
     "SystemFailure": "Slurm itself has failed",
 }
-_FORMAT = "--format=%i|%A|%T|%r|%S"
+_SQUEUE = ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r|%S")
+_KEPT_AS = 2  # the format of the shared file: another version of this code has another file
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Answer:
     at_s: float
     problem: str | None = None
     here: bool = True  # whether this machine has Slurm's commands
+    unasked: Sequence[str] = ()  # jobs that Slurm will be asked about when it may be asked again
 
 
 def why(reason: str) -> str:
@@ -106,7 +108,7 @@ def why(reason: str) -> str:
 
 
 def look(job_ids: Iterable[str]) -> Answer:
-    """What is known of these jobs. Costs at most one query of slurmctld and one of slurmdbd in PERIOD_S."""
+    """What is known of these jobs. Costs at most two queries of slurmctld and one of slurmdbd in PERIOD_S."""
     wanted = sorted(set(job_ids))
     if not wanted:
         return Answer({}, time.time())
@@ -114,20 +116,33 @@ def look(job_ids: Iterable[str]) -> Answer:
         if not 0 <= time.time() - kept["queue"]["at_s"] < PERIOD_S:
             kept["queue"] = _queue()
         queue, past = kept["queue"], kept["past"]
-        unknown = [job for job in wanted if job not in queue["found"] and job not in past]
-        if unknown and not queue["problem"] and not 0 <= time.time() - kept["past_at_s"] < PERIOD_S:
-            past |= _accounting(unknown)
-            kept["past_at_s"] = time.time()
+        unknown = {*wanted, *kept["unasked"]} - queue["found"].keys() - past.keys() - {*queue["asked"]}
+        if unknown and not queue["problem"] and not queue["asked"]:
+            _ask_more(queue, past, sorted(unknown))
+            unknown = set()
+        kept["unasked"] = sorted(unknown)  # so that they have their turn, however many others look
         known = past | queue["found"]  # a job that was started again has a past, too
     entries = {job: Entry(*known[job]) for job in wanted if job in known}
-    return Answer(entries, queue["at_s"], queue["problem"], queue["here"])
+    return Answer(entries, queue["at_s"], queue["problem"], queue["here"], kept["unasked"])
+
+
+def _ask_more(queue: dict[str, Any], past: dict[str, Any], jobs: Sequence[str]) -> None:
+    """Add what is known of jobs that are not among this user's: others' may be in the queue, ended ones forgotten."""
+    queue["asked"] = jobs
+    with suppress(NoSlurmError, UnknownJobError):
+        try:
+            queue["found"] |= squeued(ask(*_SQUEUE, "--jobs=" + ",".join(jobs)))
+        except AwayError as error:
+            queue["problem"] = str(error)
+    if forgotten := [job for job in jobs if job not in queue["found"]]:
+        past |= _accounting(forgotten)
 
 
 def _queue() -> dict[str, Any]:
     """Every job of this user that slurmctld remembers: those of the last minutes, too."""
     at_s, found, problem, here = time.time(), dict[str, Any](), None, True
     try:
-        found = squeued(ask("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", _FORMAT))
+        found = squeued(ask(*_SQUEUE, f"--user={os.getuid()}"))
     except NoSlurmError:
         try:
             found = {facts.job_id: (facts.state, facts.reason, None) for facts in all_jobs()}
@@ -137,7 +152,7 @@ def _queue() -> dict[str, Any]:
             problem = str(error)
     except SlurmError as error:
         problem = str(error)
-    return {"at_s": at_s, "found": found, "problem": problem, "here": here}
+    return {"at_s": at_s, "found": found, "problem": problem, "here": here, "asked": []}
 
 
 def squeued(answer: str) -> dict[str, tuple[str, str, float | None]]:
@@ -175,11 +190,11 @@ def accounted(answer: str) -> dict[str, tuple[str, str, None]]:
 def _shared() -> Iterator[dict[str, Any]]:
     """What all processes of this user share, theirs alone inside, and kept afterwards."""
     folder = _folder()
-    cluster = f"{os.environ.get('SLURM_CONF')} {os.environ.get('SLURM_CLUSTERS')}"
+    cluster = f"{_KEPT_AS} {os.environ.get('SLURM_CONF')} {os.environ.get('SLURM_CLUSTERS')}"
     path = folder / f"queue-{hashlib.sha256(cluster.encode()).hexdigest()[:16]}.json"
     with open(os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = {"queue": {"at_s": 0.0}, "past": {}, "past_at_s": 0.0}
+        kept = {"queue": {"at_s": 0.0}, "past": {}, "unasked": []}
         with suppress(FileNotFoundError, ValueError):  # the first time, or a disk that was full
             kept = json.loads(path.read_text())
         yield kept

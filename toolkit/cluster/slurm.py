@@ -27,6 +27,7 @@ _AWAY = re.compile(
 _UNKNOWN = re.compile(r"invalid job id|job \S+ not found", re.IGNORECASE)
 # What a user may have set once and for all for sbatch, such as SBATCH_ACCOUNT.
 _MAY_BE_LEFT_OPEN = {"account", "partition", "qos", "constraint", "reservation"}
+_OF_THE_USER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which cluster, and who asks; not of a job
 # These change what the commands print, or whom they ask about.
 _SETTINGS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_TIME_FORMAT")
 
@@ -121,7 +122,7 @@ def as_scripted(options: Container[str]) -> Iterator[None]:
     for name in before:
         kept = name.removeprefix("SBATCH_").lower()
         ours = name.startswith("SBATCH_") and (kept in options or kept not in _MAY_BE_LEFT_OPEN)
-        if ours or (name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in ("SLURM_CONF", "SLURM_CLUSTERS")):
+        if ours or (name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in _OF_THE_USER):
             del os.environ[name]
     try:
         yield

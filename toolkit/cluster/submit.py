@@ -84,6 +84,7 @@ def check(submission: Submission, only_shown: bool = False) -> list[Plan]:
         partitions.check(plan.asked())
         for one in submission.plans:
             refuse_unseen(storage.local_path(one.job.run.dir), "run.dir", plan.profile.shared)
+            _step(submission, one)
         refuse_unseen(submission.folder, "scratch", plan.profile.shared)
         refuse_unseen(submission.cwd, "the folder the command runs in", plan.profile.shared)
     for one in submission.plans:
@@ -270,10 +271,15 @@ def dry_run(submission: Submission) -> str:
         command = command_of(submission, f"{folder}/job-{number}.yaml", f"{folder}/cluster.yaml", one)
         parts.append(f"# which runs, for {storage.shown(one.job.run.dir)}:\n{shlex.join(command)}")
     if submission.executor == "slurm":
-        hosts = [f"NODE{number}" for number in range(1, plan.nodes.most + 1)]
-        step = plan.srun(hosts, [folder, submission.cwd], submission.cwd, os.environ)
-        parts.append(f"# which starts, for all ranks:\n{shlex.join(step)}")
+        parts.append(f"# which starts, for all ranks:\n{shlex.join(_step(submission, plan))}")
     return "\n\n".join(parts)
+
+
+def _step(submission: Submission, plan: Plan) -> list[str]:
+    """What starts all ranks. Raises JobError for an image or a path that the container's runtime cannot take."""
+    hosts = [f"NODE{number}" for number in range(1, plan.nodes.most + 1)]
+    run = storage.local_path(plan.job.run.dir)
+    return plan.srun(hosts, [*([run] if run else []), submission.folder, submission.cwd], submission.cwd, os.environ)
 
 
 def _script(submission: Submission) -> str:
