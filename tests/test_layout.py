@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "verdict": LEAVES | {"attempt", "watchdog", "stacks", "postmortem", "deaths"},
     "cluster": LEAVES
     | {"storage", "config", "run", "lock", "provenance", "signals"}
-    | {"attempt", "node", "postmortem", "supervisor"},
+    | {"attempt", "node", "postmortem", "supervisor", "logs"},
 }
 ROOTS = {"session", "cli", "commands", "__init__", "__main__"}
 DOORS = {

@@ -119,6 +119,15 @@ def test_runs_are_sorted_by_their_best_metric(root: str, mode: str, order: str, 
     assert best["score"] == {"max": 0.9, "min": 0.1}[mode]
 
 
+def test_who_waits_for_a_run_does_not_read_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolkit import storage
+
+    run, real, read = make(str(tmp_path), "completed", (0.5,)), storage.read, list[str]()
+    monkeypatch.setattr(storage, "read", lambda url, *span: read.append(Path(url).name) or real(url, *span))
+    assert (view(run.url).state, views(run.url)[0][0].known.rate) == ("completed", 10.0)
+    assert (read.count("metrics.jsonl"), read.count("config.yaml"), read.count("status.json")) == (1, 1, 2)
+
+
 def test_a_damaged_run_hides_no_other(workplace: Workplace) -> None:
     make(str(workplace.folder / "runs/good"), "completed")
     (workplace.folder / "runs/bad").mkdir()

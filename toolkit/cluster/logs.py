@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from toolkit import storage
 from toolkit.cluster.monitor import View, view
 from toolkit.errors import JobError
+from toolkit.logs import left_out
 
 POLL_S, REMOTE_POLL_S = 0.5, 10.0
 _LEAVE_S = 3.0  # after its last word in status.json a run says a little more, and its supervisor brings that in
@@ -76,7 +77,12 @@ def _all(run: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _pass_on(url: str, offset: int, write: Callable[[bytes], object]) -> int:
-    """Write a file from an offset on. Returns where it ended."""
+    """Write a log from an offset on. Returns where it ended. A copy in a store may have only the last of a long one."""
+    if storage.local_path(url) is None and left_out(storage.read(url, 0, min(100, storage.size(url))))[0]:
+        copy = storage.read(url)  # in one piece: the next one leaves out more
+        cut, begins = left_out(copy)
+        write(copy[begins + offset - cut :] if offset >= cut else copy)
+        return max(offset, cut + len(copy) - begins)
     while content := storage.read(url, offset, min(offset + _CHUNK, max(offset, storage.size(url)))):
         write(content)
         offset += len(content)

@@ -28,7 +28,9 @@ Tree = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Known:
-    """What a run's directory says, and the best score in its metrics, of those its job ranks checkpoints by."""
+    """What a run's directory says; the best score in its metrics, of those its job ranks checkpoints by, and the rate
+    only if they were asked for.
+    """
 
     url: str
     status: Tree
@@ -76,11 +78,11 @@ class View:
 
 
 def view(run: str) -> View:
-    """The state of one run. Raises JobError if there is none."""
+    """The state of one run, without its metrics, which may be long. Raises JobError if there is none."""
     names = storage.names(run)
     if not IS_RUN.intersection(names):
         raise JobError(f"{storage.shown(run)} is no run; give the directory of one, such as runs/digits_mlp")
-    return _views([_known(run, names)])[0]
+    return _views([_known(run, names, scored=False)])[0]
 
 
 def views(root: str) -> tuple[list[View], bool]:
@@ -201,8 +203,8 @@ def _known_or_none(url: str) -> Known | None:
         return Known(url, {"state": "damaged", "reason": str(error)}, {})
 
 
-def _known(url: str, names: Sequence[str]) -> Known:
-    """Read what a run's directory, with these names in it, says."""
+def _known(url: str, names: Sequence[str], scored: bool = True) -> Known:
+    """Read what a run's directory, with these names in it, says; its metrics only if it is to be `scored`."""
     status = Run(url).status() or {}
     submitted = json.loads(storage.read(storage.join(url, "submitted.json"))) if "submitted.json" in names else {}
     heartbeat_s = seconds(status["heartbeat"]) if "heartbeat" in status else None
@@ -210,13 +212,19 @@ def _known(url: str, names: Sequence[str]) -> Known:
         claim = newest_claim(storage.join(url, "lock"))  # renewed in a long step or evaluation, too
         if claim and not claim["released"] and claim["attempt"] == status.get("attempt"):
             heartbeat_s = max(heartbeat_s, claim["heartbeat"])
+    best, rate = _scores(url, names) if scored else (None, None)
+    return Known(url, status, submitted, heartbeat_s, best, rate, "postmortem.md" in names)
+
+
+def _scores(url: str, names: Sequence[str]) -> tuple[Tree | None, float | None]:
+    """(the best score, samples per second in the last lines) of a run's metrics."""
     lines = Run(url).metrics.read() if "metrics.jsonl" in names else []
     best = _best_rule(url) if "config.yaml" in names else None
     if best:
         scores = [line[best["metric"]] for line in lines if line.get(best["metric"]) is not None]
         best["score"] = (max if best["mode"] == "max" else min)(scores) if scores else None
     rates = [line["train/samples_per_s"] for line in lines[-20:] if "train/samples_per_s" in line]
-    return Known(url, status, submitted, heartbeat_s, best, rates[-1] if rates else None, "postmortem.md" in names)
+    return best, rates[-1] if rates else None
 
 
 def _best_rule(url: str) -> dict[str, Any] | None:
