@@ -109,7 +109,9 @@ class Step:
                 start_new_session=True,
                 preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - it only asks the kernel
             )
-        for work in (partial(self._accept, self.listener), self._beat, self._show):
+        self.showing = threading.Thread(target=self._show, name="toolkit-console", daemon=True)
+        self.showing.start()
+        for work in (partial(self._accept, self.listener), self._beat):
             threading.Thread(target=work, name="toolkit-step", daemon=True).start()
 
     def _accept(self, listener: socket.socket) -> None:
@@ -294,6 +296,7 @@ class Step:
             node.link.close()
         if self.process:
             self._end_srun(self.process)
+            self.showing.join(SRUN_S)
         return [words for node in self.nodes.values() for words in node.undead or []]
 
     def _end_srun(self, process: "subprocess.Popen[bytes]") -> None:
