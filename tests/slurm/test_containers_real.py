@@ -13,7 +13,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.campaigns.cluster import FAULTS, Fault, Outcome, Scene, scene_in, suffer, undisturbed
+from tests.campaigns.cluster import FAULTS, Fault, Scene, outcome_of, scene_in, suffer, undisturbed
+from tests.campaigns.faults import Outcome
 from tests.conftest import ROOT
 from tests.slurm import charliecloud
 from toolkit import storage
@@ -95,7 +96,7 @@ def test_it_runs_what_was_submitted_and_ends_as_outside(
         lines = [str(process.info["cmdline"]) for process in psutil.process_iter(["cmdline"])]
         scene.release()
         scene.wait_for_the_end()
-        assert Outcome.of(scene).same(expected)
+        assert outcome_of(scene).same(expected)
 
         inside = [one for one in ranks if "RANK" in one]
         assert sorted(one["RANK"] for one in inside) == ["0", "1", "2", "3"]
