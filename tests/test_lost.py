@@ -278,7 +278,7 @@ def test_two_batches_are_rolled_back_from_and_both_are_told_of(
     monkeypatch.syspath_prepend(str(stage.folder))
     skip_from_the_start(stage.folder, "runs/without", 2, 3)
     stage.run(*TRAIN, "run.dir=runs/without", "log.samples=true")
-    assert proof._taken(Run(str(stage.folder / "runs/x"))) == proof._taken(Run(str(stage.folder / "runs/without")))
+    assert proof.taken(Run(str(stage.folder / "runs/x"))) == proof.taken(Run(str(stage.folder / "runs/without")))
     assert equal(stage.place.tensors("runs/x", 24), stage.place.tensors("runs/without", 24))
 
 

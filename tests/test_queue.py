@@ -117,7 +117,7 @@ def test_the_facts_of_a_job_are_not_those_of_its_name(fake: Fake) -> None:
     noted = fake("scontrol", WAITING + "\n" + TASK)
     facts = slurm.job_facts("2_0")
     assert facts == slurm.JobFacts(
-        "2_0", "8", "RUNNING", "None", True, 0, ("n1", "n2"), 1795653913.0, "/jobs/my out/slurm-2_0.out"
+        "2_0", "8", "RUNNING", "None", True, 0, ("n1", "n2"), (), 1795653913.0, "/jobs/my out/slurm-2_0.out"
     )
     assert slurm.job_facts("8") == facts
     assert slurm.job_facts("2_7") is None

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import select
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,9 +21,13 @@ _CHUNK = 1 << 20
 def show(run: str, rank: int, attempt: int | None, onwards: bool) -> int:
     """As `follow`, to stdout. Returns the exit status: 130 after Ctrl-C, 0 also if nobody reads any more."""
 
-    def write(content: bytes) -> None:  # past Python's buffer, which it would try to get rid of after a Ctrl-C
+    def write(content: bytes) -> None:
+        """Past Python's buffer, which it would try to get rid of after a Ctrl-C; and never into a pipe that is full,
+        where one that has come just before would wait as long.
+        """
         while content:
-            content = content[os.write(1, content) :]
+            if select.select([], [1], [], POLL_S)[1]:
+                content = content[os.write(1, content[: select.PIPE_BUF]) :]
 
     with contextlib.suppress(BrokenPipeError):
         try:
