@@ -108,13 +108,7 @@ class Run:
             }
             storage.write(self.at("config.yaml"), config_text.encode())
             storage.write(self.at("provenance.json"), _text(provenance))
-            state = (self.status() or {}).get("state")
-            for wish, too_late in (
-                (STOP, ("completed", "preempted", "cancelled")),
-                (CANCEL, ("completed", "cancelled")),
-            ):
-                if state in too_late:
-                    self.granted(wish)  # it has come too late for the attempt before, and is not meant for this one
+            self._drop_late_wishes()
         except OSError as error:
             self.lock.release()
             where = storage.shown(self.url)
@@ -125,6 +119,14 @@ class Run:
         told = ("boot_id", "host", "hosts", "slurm_job_id")
         self._status = {"attempt": attempt, "pid": os.getpid()} | {key: machine.get(key) for key in told}
         return attempt
+
+    def _drop_late_wishes(self) -> None:
+        """Requests that have come too late for the attempt before are not meant for this one."""
+        state = (self.status() or {}).get("state")
+        if state in ("completed", "preempted", "cancelled"):
+            self.granted(STOP)
+        if state in ("completed", "cancelled"):
+            self.granted(CANCEL)
 
     def refuse_drift(self, job: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
         """Raises JobError that lists, old beside new, what makes this another job than the directory's."""

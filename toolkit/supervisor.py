@@ -228,8 +228,9 @@ class Supervisor:
         with _complained():
             saved_step = self.directory.newest_checkpoint()
         goes_on, then = self._decided(failure, saved_step)
-        log = attempt.folder / ("torchrun.log" if failure.rank is None else f"rank-{failure.rank}.log")
+        log = attempt.folder / f"rank-{failure.rank}.log"
         text = log.read_text(errors="replace") if log.exists() else ""
+        text = attempt.said_by_torchrun() if failure.rank is None else text
         with _complained():
             known = replace(failure, pulses=failure.pulses or look.pulses)
             postmortem.write(self.directory, postmortem.page(known, number, text, saved_step, then))

@@ -34,6 +34,7 @@ import torch
 
 from tests.campaigns.faults import Outcome
 from tests.conftest import tensors_of
+from tests.dist import conftest as dist
 from tests.store import servers
 from toolkit import storage
 from toolkit.cluster import slurm
@@ -41,25 +42,14 @@ from toolkit.proof import NOT_OF_THE_JOB, taken
 from toolkit.run import Run
 
 STEPS, HELD_AT = 50, 25
-# The schedule is asked once a step, in the rank itself: it notes that, and waits there while hold-STEP-RANK exists.
-HELD = """
-import os
-import time
-from pathlib import Path
-
-from toolkit import optim
-
-
-def cosine(step, total_steps, **args):
-    rank = os.environ.get("RANK", "0")
-    while Path(f"hold-{step}-{rank}").exists():
-        Path(f"held-{step}-{rank}").touch()
-        time.sleep(0.02)
-    if rank == "0":
+# Ranks can be held before a step; rank 0 notes each that it begins.
+HELD = dist.HELD.replace(
+    "    return",
+    """    if rank == "0":
         with open("taken", "a") as file:
             file.write(f"{os.uname().nodename}:{os.getpid()} {step}\\n")
-    return optim.cosine(step, total_steps, **args)
-"""
+    return""",
+)
 JOB = f"""
 task: classification
 data:

@@ -44,6 +44,8 @@ class Link:
         with suppress(OSError):  # the other end was first
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
+        with suppress(OSError):
+            self._lines.close()  # the descriptor is let go only with its last user; who reads has been woken
 
     def _next(self) -> bytes:
         try:

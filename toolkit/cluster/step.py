@@ -22,6 +22,7 @@ from typing import Any
 
 from toolkit.attempt import Death, Look, Where
 from toolkit.cluster.agent import SUPERVISOR, TOKEN
+from toolkit.cluster.far import Far
 from toolkit.cluster.link import Link
 from toolkit.node import write_all
 from toolkit.process import die_with_parent
@@ -32,32 +33,6 @@ BEAT_S = 3.0  # so that agents know that somebody watches
 HELLO_S = 10.0
 DEATH_S, WHERE_S, END_S, SRUN_S = 10.0, 60.0, 40.0, 3.0  # how long an agent's answers, and srun's end, may take
 _LOG = "srun.log"
-
-
-class Far:
-    """A node, as seen from here."""
-
-    def __init__(self, link: Link, hello: Mapping[str, Any]) -> None:
-        self.link = link
-        self.host, self.step = str(hello["host"]), str(hello["step"])
-        self.address, self.port = str(hello["address"]), int(hello["port"])
-        self.heard_s = time.monotonic()
-        self.started = False  # only then it has anything to say
-        self.look = Look(torchruns=[None])
-        self.undead: list[str] | None = None  # what it could not end, once it has ended
-        self.missing: list[str] = []  # what it should see and does not
-        self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    @property
-    def over(self) -> bool:
-        return self.undead is not None
-
-    def ask(self, timeout_s: float, **question: Any) -> Any:
-        """Its answer; None if there is none within that time."""
-        with suppress(OSError, queue.Empty):
-            self.link.send(**question)
-            return self.answers.get(timeout=timeout_s)
-        return None
 
 
 class Step:
