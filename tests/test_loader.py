@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import threading
 from typing import Any
 
@@ -18,6 +19,7 @@ from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
 from toolkit.datasets.transforms import Crop, Flip, Normalise
+from toolkit.datasets.workers import refuse_small_memory
 from toolkit.errors import JobError, RunError
 from toolkit.randomness import seed_everything
 
@@ -335,3 +337,30 @@ def test_workers_that_never_start_are_said_not_waited_for(monkeypatch: pytest.Mo
     steps = TrainingSteps(Items(), ElasticDistributedSampler(range(40), 1, 0, global_batch_size=8))
     with pytest.raises(RunError, match="3 times a loader worker has not started within"):
         list(batches(steps, 0, 4, 1, CPU))
+
+
+class Unsendable(WholeBatches):
+    """What it reads cannot go from one process to another."""
+
+    collate_fn = staticmethod(lambda samples: samples)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return torch.zeros(len(indices)), threading.Lock()
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_cannot_hand_on_a_step_ends_and_is_not_waited_for() -> None:
+    steps = TrainingSteps(Unsendable(), ElasticDistributedSampler(range(40), 1, 0, global_batch_size=8))
+    with pytest.raises(RuntimeError) as ended:
+        list(batches(steps, 0, 4, 1, CPU))
+    assert "is killed by signal: Aborted" in f"{ended.value} {ended.value.__cause__}"
+
+
+def test_workers_whose_steps_have_no_room_in_shared_memory_are_refused() -> None:
+    free = shutil.disk_usage("/dev/shm").free
+    refuse_small_memory([free // 6, 1], workers=2, ranks=1)
+    with pytest.raises(JobError, match=r"data.workers=2 hand on up to .* MiB at a time through /dev/shm, where"):
+        refuse_small_memory([free // 4, 1], workers=2, ranks=1)
+    with pytest.raises(JobError, match="or set fewer workers, data.workers=0 for none"):
+        refuse_small_memory([free // 6, 1], workers=2, ranks=2)
+    refuse_small_memory([free], workers=0, ranks=8)

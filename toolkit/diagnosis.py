@@ -94,7 +94,7 @@ def _known_by_its_words(error: Exception, step: int) -> Exception | None:
     """What torch says of memory, loader workers and shards, in our words; None if it speaks of none of these."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
         return RunError(f"out of memory in step {step + 1}: {_first_line(error)}; {OUT_OF_MEMORY}")
-    if worker := _KILLED_WORKER.match(str(error)):
+    if worker := _KILLED_WORKER.match(str(error)) or _KILLED_WORKER.match(str(error.__cause__)):
         return RunError(_of_worker(int(worker[1]), worker[2]))
     if "DTensor" in str(error):
         return JobError(
@@ -105,7 +105,7 @@ def _known_by_its_words(error: Exception, step: int) -> Exception | None:
     return None
 
 
-# What torch's DataLoader says; it names the signal as strsignal(3) does.
+# What torch says of a worker, or has as cause of its error if it was waiting; signals are named as by strsignal(3).
 _KILLED_WORKER = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]+)\.")
 
 

@@ -17,7 +17,7 @@ from toolkit import components, datasets, diagnosis, distributed, ending, optim,
 from toolkit.agreement import Agreement
 from toolkit.config import Fraction, Job
 from toolkit.config.text import dump
-from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
+from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches, check_workers
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
 from toolkit.datasets.transforms import TRANSFORMS
@@ -190,6 +190,7 @@ def _open(run: Run, job: Job, parts: Parts, machine: dict[str, Any], command: Se
     written, before, say = job.as_written(), run.status() or {}, _to(console)
     run.refuse_drift(written, parts.resolved)
     persistence.check_origin(run, job, parts.trainer)
+    check_workers(parts.steps, job.data.workers, machine["hosts"].count(machine["host"]))
     attempt = run.open(dump(written), written, parts.resolved, command, machine, say)
     ending.silent(run, before, machine, say)
     return attempt

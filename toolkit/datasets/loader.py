@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import Split
 from toolkit.datasets.stream import Int64s, sample_keys, uniform
-from toolkit.datasets.workers import by_workers
+from toolkit.datasets.workers import by_workers, refuse_small_memory
 from toolkit.errors import RunError
 from toolkit.randomness import derive, seed_everything
 
@@ -131,6 +131,19 @@ def batches(
     if device.type == "cpu":
         return host
     return _prefetched(host, device) if device.type == "cuda" else (_moved(step, device) for step in host)
+
+
+def check_workers(steps: TrainingSteps, workers: int, ranks: int) -> None:
+    """Raises JobError if workers of so many ranks on this machine could not hand on what they read."""
+    sizes: list[int] = []
+
+    def weigh(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    if workers:
+        _mapped(_checked(steps[0]), weigh)
+        refuse_small_memory(sizes, workers, ranks)
 
 
 def _read(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, transforms: Sequence[Any]) -> Batch:

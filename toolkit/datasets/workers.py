@@ -1,12 +1,15 @@
-"""Loader workers: processes that read ahead, which start for certain and do not outlive their rank."""
+"""Loader workers: processes that read ahead, which start for certain, hand on what they read or die of it, and do not
+outlive their rank.
+"""
 
 import atexit
 import ctypes
-import multiprocessing
+import multiprocessing.queues
 import os
 import select
 import signal
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -14,9 +17,30 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from toolkit.errors import RunError
+from toolkit.errors import JobError, RunError
 
 _START_S, _TRIES = 10.0, 3  # how long a worker may take to start, and how often it is tried
+_AHEAD = 2  # steps that each worker reads ahead
+_SHARED = "/dev/shm"  # noqa: S108 - where torch hands tensors on, one file each
+
+
+def refuse_small_memory(sizes: Iterable[int], workers: int, ranks: int) -> None:
+    """Raises JobError if what the workers of this machine's ranks read ahead has no room in its shared memory.
+
+    `sizes` are those of the tensors of one step, in bytes.
+    """
+    if not workers or not os.path.isdir(_SHARED):
+        return
+    facts = os.statvfs(_SHARED)
+    free = facts.f_bavail * facts.f_frsize
+    step = sum(-size // facts.f_frsize * -facts.f_frsize for size in sizes)  # in whole pages
+    needed = ranks * (_AHEAD * workers + 1) * step
+    if needed > free:
+        raise JobError(
+            f"data.workers={workers} hand on up to {needed / 2**20:.1f} MiB at a time through {_SHARED}, where "
+            f"{free / 2**20:.1f} MiB are free; give the container more (--shm-size or --ipc=host), or set fewer "
+            "workers, data.workers=0 for none"
+        )
 
 
 def by_workers(steps: Any, numbers: range, workers: int, pin_memory: bool) -> Iterator[Any]:
@@ -33,6 +57,7 @@ def by_workers(steps: Any, numbers: range, workers: int, pin_memory: bool) -> It
                 batch_size=None,
                 sampler=numbers,
                 num_workers=workers,
+                prefetch_factor=_AHEAD,
                 collate_fn=_unchanged,
                 pin_memory=pin_memory,
                 worker_init_fn=partial(_worker_starts, start),
@@ -63,12 +88,21 @@ def _unchanged(step: Any) -> Any:
 
 
 def _worker_starts(start: int, worker: int) -> None:
-    """A worker leaves stopping to its rank, and does not outlive it."""
+    """A worker leaves stopping to its rank, does not outlive it, and does not outlive a step it cannot hand on."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_on)  # type: ignore[attr-defined]
     os.write(start, b".")
+
+
+def _cannot_hand_on(error: Exception, step: Any) -> None:
+    """End this worker as the kernel does where a page has no room: Python would drop the step, and the rank wait for it
+    for ever.
+    """
+    traceback.print_exception(error)
+    os.kill(os.getpid(), signal.SIGBUS if "shared memory" in str(error) else signal.SIGABRT)
 
 
 @atexit.register
