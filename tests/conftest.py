@@ -96,10 +96,13 @@ def tensors_of(run: str, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.fixture(autouse=True, scope="session")
-def ctrl_c_is_heard() -> None:
-    """What a shell puts into the background is deaf to SIGINT, and the commands that tests start would inherit that."""
+@pytest.fixture(autouse=True)
+def signals_are_heard() -> None:
+    """What a test starts inherits these: of a shell that puts pytest into the background, whose commands ignore SIGINT,
+    and of tests before it that were ranks themselves and held signals back.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @pytest.fixture
