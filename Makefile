@@ -1,11 +1,15 @@
 # A bare `make` lists the targets.
 PYTHON ?= python3
 JOB    ?= jobs/digits_mlp.yaml
+IMAGE  ?= toolkit
+DOCKER ?= docker
+export IMAGE DOCKER
 BIN    := .venv/bin
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-local test test-kill test-faults test-slurm slurm-up slurm-down check bench clean
+.PHONY: help setup train-local test test-kill test-faults test-slurm test-docker slurm-up slurm-down docker-build docker-train \
+        docker-test check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +41,20 @@ test-faults: setup ## inflict every fault on runs of 2 and 4 ranks: killed, stop
 test-slurm: setup ## inflict every fault on jobs in a real Slurm of four nodes, on this machine; as root; minutes
 	@$(SUDO) $(BIN)/pytest tests/slurm -m ""
 
+test-docker: setup ## build the image and run it in every way; starts an engine, as root, where none runs; minutes
+	@$(BIN)/pytest tests/docker -m ""
+
+docker-build: ## build the image $(IMAGE); more options of docker build: BUILD='--build-arg EXTRAS=s3,gcs'
+	@docker/build $(BUILD)
+
+docker-train: ## train in a container, on its GPUS=auto|all|none, as you, in this folder: JOB=jobs/digits_mlp.yaml
+	@$(DOCKER) image inspect $(IMAGE) >/dev/null 2>&1 || { echo "there is no image $(IMAGE); build it: make docker-build"; exit 2; }
+	@docker/run $(RUN) $(IMAGE) train $(JOB)
+
+docker-test: ## build the image for development and run TESTS in it
+	@IMAGE=$(IMAGE)-devel docker/build --target devel $(BUILD)
+	@docker/run $(RUN) $(IMAGE)-devel python -m pytest $(TESTS)
+
 slurm-up: ## bring up that Slurm, for trying things: sinfo, sbatch, toolkit submit
 	@$(SUDO) slurm/testbed/cluster up
 
@@ -47,6 +65,7 @@ check: setup ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/hadolint docker/Dockerfile
 
 bench: setup ## measure commands, stream, steps, shards and checkpoints, beside others; minutes
 	@for part in commands stream steps agreement sharding checkpoints checkpoints_s3; do \

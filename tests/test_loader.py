@@ -358,9 +358,9 @@ def test_a_worker_that_cannot_hand_on_a_step_ends_and_is_not_waited_for() -> Non
 
 def test_workers_whose_steps_have_no_room_in_shared_memory_are_refused() -> None:
     free = shutil.disk_usage("/dev/shm").free
-    refuse_small_memory([free // 6, 1], workers=2, ranks=1)
+    refuse_small_memory([free // 8], workers=2, ranks=1)
     with pytest.raises(JobError, match=r"data.workers=2 hand on up to .* MiB at a time through /dev/shm, where"):
-        refuse_small_memory([free // 4, 1], workers=2, ranks=1)
+        refuse_small_memory([free // 6], workers=2, ranks=1)
     with pytest.raises(JobError, match="or set fewer workers, data.workers=0 for none"):
-        refuse_small_memory([free // 6, 1], workers=2, ranks=2)
+        refuse_small_memory([free // 8], workers=2, ranks=2)
     refuse_small_memory([free], workers=0, ranks=8)

@@ -273,6 +273,8 @@ def _json(url: str) -> Any:
         return json.loads(storage.read(url))
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        raise JobError(f"{storage.shown(url)} cannot be read ({error}); choose another run.dir") from error
     except ValueError as error:
         raise JobError(
             f"{storage.shown(url)} is damaged ({error}); remove it, or start a new run with --fresh"

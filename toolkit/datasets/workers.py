@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from toolkit.errors import JobError, RunError
 
 _START_S, _TRIES = 10.0, 3  # how long a worker may take to start, and how often it is tried
-_AHEAD = 2  # steps that each worker reads ahead
+_AHEAD, _IN_USE = 2, 3  # steps: each worker reads ahead; are taken, being taken, and on their way to the device
 _SHARED = "/dev/shm"  # noqa: S108 - where torch hands tensors on, one file each
 
 
@@ -34,7 +34,7 @@ def refuse_small_memory(sizes: Iterable[int], workers: int, ranks: int) -> None:
     facts = os.statvfs(_SHARED)
     free = facts.f_bavail * facts.f_frsize
     step = sum(-size // facts.f_frsize * -facts.f_frsize for size in sizes)  # in whole pages
-    needed = ranks * (_AHEAD * workers + 1) * step
+    needed = ranks * (_AHEAD * workers + _IN_USE) * step
     if needed > free:
         raise JobError(
             f"data.workers={workers} hand on up to {needed / 2**20:.1f} MiB at a time through {_SHARED}, where "
