@@ -1,6 +1,7 @@
 """GPUs in containers, on a machine that may have none: what Docker, its NVIDIA hook and the entrypoint make of them."""
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,12 @@ def gpu(docker: Docker, devel: str, place: Workplace) -> tuple[str, ...]:
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has GPUs")
 def test_a_machine_without_gpus_is_said_and_trains_on_its_cpu(docker: Docker, image: str, place: Workplace) -> None:
-    said = docker.said(RUN, image, *TRAIN, cwd=place.folder)
+    folder = place.folder / 'a "b", $(touch pwned) ü'  # no name of a folder is too much for docker/run
+    folder.mkdir()
+    for name in ("held.py", "held.yaml"):
+        shutil.move(place.folder / name, folder)
+    said = docker.said(RUN, image, *TRAIN, cwd=folder)
+    assert {path.name for path in folder.iterdir()} == {"held.py", "held.yaml", "runs", "__pycache__"}
     assert "no GPU on this machine: training on its CPU" in said
     assert "container:" not in said
     assert "completed at step 2" in said
