@@ -2,17 +2,22 @@
 
 import gzip
 import hashlib
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from tests.campaigns import starts
 from tests.conftest import ROOT, Workplace
+from toolkit.datasets.download import fetched
 from toolkit.datasets.sampler import ElasticDistributedSampler
+from toolkit.errors import JobError
+from toolkit.storage.budget import patience
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -291,7 +296,6 @@ EXPECTED = hashlib.sha256(PACKED).hexdigest()
     [
         ("damaged", ["is damaged", hashlib.sha256(PACKED[:-1] + b"?").hexdigest(), f"expected {EXPECTED}", "root"]),
         ("truncated", [f"is damaged: {len(PACKED) - 9} bytes", f"expected {EXPECTED}", "try again"]),
-        ("cut", ["cannot be downloaded", "check the network, or give the folder of the files as root"]),
     ],
 )
 def test_a_download_that_is_not_the_file_leaves_nothing_in_the_cache(
@@ -308,6 +312,14 @@ def test_a_download_that_is_not_the_file_leaves_nothing_in_the_cache(
     assert "Traceback" not in message
     assert [path.name for path in (mine.folder / "cache").rglob("*") if path.is_file()] == ["lock"]
     assert not (mine.folder / "runs").exists()
+
+
+def test_a_download_that_breaks_off_each_time_leaves_nothing_in_the_cache(mirror: str, tmp_path: Path) -> None:
+    url = f"{mirror}/cut/{IMAGES}.gz"
+    again = "check the network, or give the folder of the files as root"
+    with patience(3), pytest.raises(JobError, match=f"{re.escape(url)} cannot be downloaded .*; {again}"):
+        fetched(url, EXPECTED, str(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
 
 
 # -- what can only show while training
