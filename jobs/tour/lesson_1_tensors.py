@@ -70,7 +70,7 @@ assert images.shape == (4, 1, 8, 8)
 assert images.dtype == torch.float32
 assert labels.dtype == torch.int64
 for row in images[3, 0]:
-    print("  ", "".join(" .:*#"[int(4 * grey)] for grey in row))
+    print("  ", "".join(2 * " .:*#"[int(4 * grey)] for grey in row))
 print("   It shows a", labels[3].item())
 
 print("\nWith toolkit: images, labels = Digits().gather(np.arange(4))")

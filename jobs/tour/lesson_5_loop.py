@@ -48,7 +48,7 @@ assert abs(first_loss - log(10)) < 0.1
 assert first_accuracy < 0.3
 
 print("3. This is the loop.")
-for epoch in range(15):
+for epoch in range(10):
     model.train()
     for images, labels in train_loader:
         loss = F.cross_entropy(model(images), labels)
@@ -58,7 +58,7 @@ for epoch in range(15):
     if epoch % 5 == 4:
         test_loss, accuracy = evaluate(test_loader)
         print(f"   epoch {epoch + 1:2}: test loss {test_loss:.2f}, test accuracy {accuracy:.2f}")
-assert test_loss < 0.3
+assert test_loss < 0.4
 assert accuracy > 0.9
 
 print("4. A step is no magic: SGD takes from each weight the learning rate times its gradient.")

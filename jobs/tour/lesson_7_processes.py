@@ -28,8 +28,8 @@ def train(sampler):
     """The loop of lesson 5. A batch has 32 samples: 16 on each of 2 ranks."""
     loader = DataLoader(sampler.dataset, batch_size=16, sampler=sampler, drop_last=True)
     model = DistributedDataParallel(network())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for epoch in range(10):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for epoch in range(5):
         sampler.set_epoch(epoch)  # another order in each epoch, the same on all ranks
         for images, labels in loader:
             loss = nn.functional.cross_entropy(model(images), labels)
