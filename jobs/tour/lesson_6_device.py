@@ -41,11 +41,11 @@ else:
 
 
 def multiply_s(size, where):
-    """The seconds that it takes to multiply two square matrices, the best of 10, and their product."""
+    """The seconds that it takes to multiply two square matrices, the best of 5, and their product."""
     torch.manual_seed(0)
     left, right = torch.rand(size, size).to(where), torch.rand(size, size).to(where)
     times = []
-    for _ in range(11):  # the first is slower: memory is taken and programs are loaded
+    for _ in range(6):  # the first is slower: memory is taken and programs are loaded
         started_s = time.perf_counter()
         product = left @ right
         if where.type != "cpu":
