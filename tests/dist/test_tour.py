@@ -49,7 +49,7 @@ def python(words: Sequence[str], folder: Path) -> "subprocess.CompletedProcess[s
 
 
 def cpu_s() -> float:
-    """What all that has been started and has ended took, in seconds of a CPU: who else is on this machine is not counted."""
+    """Seconds of a CPU that all processes took which have ended: who else is on this machine does not count."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -101,7 +101,7 @@ def test_a_lesson_runs_and_points_on(lesson: str, tour: Tour) -> None:
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
-def test_a_lesson_is_short(lesson: str) -> None:
+def test_a_lesson_says_its_number_and_has_at_most_80_lines(lesson: str) -> None:
     lines = (TOUR / lesson).read_text().splitlines()
     assert len(lines) <= 80
     assert lines[0].startswith(f'"""Lesson {lesson[7]}: ')
@@ -149,7 +149,7 @@ def test_the_command_it_ends_with_works(lesson: str, tour: Tour) -> None:
 EXECUTED = """
 import nbclient, nbformat
 book = nbformat.read("jobs/tour/notebook.ipynb", as_version=4)
-nbclient.NotebookClient(book, timeout=60, resources={"metadata": {"path": "jobs/tour"}}).execute()
+nbclient.NotebookClient(book, timeout=100, resources={"metadata": {"path": "jobs/tour"}}).execute()
 nbformat.write(book, "executed.ipynb")
 """
 
