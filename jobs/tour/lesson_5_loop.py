@@ -69,5 +69,5 @@ assert torch.allclose(weight, expected, atol=1e-6)
 
 print("5. The test images were never trained on. So the accuracy says what the model does with new images.")
 
-print("\nWith toolkit: toolkit train jobs/digits_mlp.yaml train.epochs=10 run.dir=runs/tour/lesson_5")
+print("\nWith toolkit: toolkit train jobs/digits_mlp.yaml train.epochs=10 run.dir=runs/lesson_5")
 print("Read next: toolkit/trainer.py")

@@ -58,7 +58,7 @@ def on_each_rank():
         say(f"   {type(each).__name__}: both ranks have the same weights, test accuracy {accuracy:.4f}")
         assert accuracy > 0.9
     if dist.get_rank() == 0:
-        torch.save(model.state_dict(), "runs/tour/lesson_7.pt")  # for lesson 8
+        torch.save(model.state_dict(), "runs/lesson_7.pt")  # for lesson 8
     sys.stdout.flush()
     os._exit(0)  # leave by ending: while Python itself tidies up, a thread of gloo may be at work, and abort it
 
@@ -73,7 +73,7 @@ elif __name__ == "__main__":
         print("  ", error)
     assert not dist.is_initialized()
     print("2. torchrun starts the processes and tells each its rank: torchrun --nproc-per-node 2 FILE", flush=True)
-    os.makedirs("runs/tour", exist_ok=True)
+    os.makedirs("runs", exist_ok=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, __file__], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     print("\nWith toolkit: toolkit train jobs/tour/lesson_8.yaml --processes 2")

@@ -124,8 +124,8 @@ def test_a_lesson_fails_if_its_claim_is_false(lesson: str, tour: Tour, tmp_path:
 
 def test_the_loop_by_hand_and_the_job_end_with_the_same_weights(tour: Tour) -> None:
     assert "completed at step 225" in tour.said(LESSONS[7])
-    by_hand = torch.load(tour.folder / "runs/tour/lesson_7.pt", weights_only=True)
-    by_toolkit = tensors_of(str(tour.folder / "runs/tour/lesson_8"), 225)
+    by_hand = torch.load(tour.folder / "runs/lesson_7.pt", weights_only=True)
+    by_toolkit = tensors_of(str(tour.folder / "runs/lesson_8"), 225)
     assert len(by_hand) == 4
     for name, weight in by_hand.items():
         assert torch.equal(weight, by_toolkit[f"model/{name}"]), name
