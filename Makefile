@@ -8,8 +8,8 @@ BIN    := .venv/bin
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train-local test test-kill test-faults test-slurm test-docker slurm-up slurm-down docker-build docker-train \
-        docker-test check bench clean
+.PHONY: help setup train-local tour test test-kill test-faults test-slurm test-docker slurm-up slurm-down \
+        docker-build docker-train docker-test check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ setup: .venv/.ready ## make .venv with everything in it
 
 train-local: setup ## train on this machine: JOB=jobs/digits_mlp.yaml
 	@$(BIN)/toolkit train $(JOB)
+
+tour: setup ## run the eight lessons of jobs/tour, in order; a minute
+	@for lesson in jobs/tour/lesson_*.py; do $(BIN)/python $$lesson || exit 1; done
 
 test: setup ## run every test this machine can run
 	@$(BIN)/pytest
