@@ -13,11 +13,15 @@ from toolkit import components
 from toolkit.errors import JobError
 
 DATASETS = {
+    "cifar10": "toolkit.datasets.cifar:Cifar10",
     "digits": "toolkit.datasets.digits:Digits",
     "fashion_mnist": "toolkit.datasets.idx:FashionMnist",
+    "image_folder": "toolkit.datasets.images:ImageFolder",
     "mnist": "toolkit.datasets.idx:Mnist",
     "synthetic": "toolkit.datasets.synthetic:Synthetic",
+    "table": "toolkit.datasets.table:Table",
     "text": "toolkit.datasets.text:Text",
+    "tokens": "toolkit.datasets.tokens:Tokens",
 }
 
 SHAPES = ("num_classes", "input_shape", "vocab_size")
