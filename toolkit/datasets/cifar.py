@@ -55,8 +55,7 @@ class Cifar10(Dataset[Any]):
     def _contents(self, split: str, root: str | None, cache: str) -> Iterator[tuple[str, bytes]]:
         """(where it lies, its bytes) of each file of the split."""
         if root is None:
-            (archive,) = self.downloads(split, root, cache)
-            return _unpacked(str(fetched(*archive)), split)
+            return _unpacked(str(fetched(*self.downloads(cache=cache)[0])), split)
         try:
             return iter([(url, storage.read(url)) for url in (storage.join(root, name) for name in _FILES[split])])
         except FileNotFoundError as error:

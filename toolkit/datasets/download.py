@@ -29,9 +29,14 @@ class Download(NamedTuple):
         """Where the local copy lies, if there is one."""
         return Path(self.cache).expanduser() / self.sha256[:16] / self.url.rsplit("/", 1)[-1]
 
-    def is_whole(self) -> bool:
-        """Whether the local copy is there, and is what it should be."""
-        return self.path.exists() and hashlib.sha256(storage.read(str(self.path))).hexdigest() == self.sha256
+    def ensure(self) -> str:
+        """Have a local copy that is what it should be. Returns what that took, in words."""
+        if self.path.exists() and _sha256(storage.read(str(self.path))) == self.sha256:
+            return "there already, verified"
+        damaged = self.path.exists()
+        storage.remove(str(self.path))
+        fetched(*self)
+        return "was damaged, fetched again" if damaged else "fetched, verified"
 
 
 def fetched(url: str, sha256: str, cache: str = CACHE, size_bytes: int | None = None) -> Path:
@@ -58,13 +63,17 @@ def _verified(url: str, sha256: str, size_bytes: int | None) -> bytes:
             f"{url} cannot be downloaded ({type(error).__name__}: {error}); check the network, or give the "
             "folder of the files as root"
         ) from error
-    found = hashlib.sha256(content).hexdigest()
+    found = _sha256(content)
     if found != sha256:
         raise JobError(
             f"{url} is damaged: {len(content)} bytes with SHA-256 {found}, expected {sha256}; "
             "try again, or give the files' folder as root"
         )
     return content
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _in_pieces(url: str, size_bytes: int) -> bytes:

@@ -106,7 +106,8 @@ class Table(Dataset[Any]):
     def _as_in(self, column: Column, of: Column) -> Int64s:
         """The places of a column's values in the categories of another."""
         places = {name: place for place, name in enumerate(of.categories or ())}
-        found = np.array([places.get(name, -1) for name in column.categories or ()], np.int64)[column.values]
+        place_of = np.array([places.get(name, -1) for name in column.categories or ()], np.int64)
+        found: Int64s = place_of[column.values]
         if unseen := column.values[found < 0].tolist():
             example = (column.categories or ())[unseen[0]]
             raise JobError(

@@ -52,7 +52,7 @@ class Tokens(Dataset[Any]):
         if not any(windows):
             raise JobError(
                 f"{self.source} has {sum(file.size for file in self.files)} {dtype} tokens in "
-                f"{len(self.files)} file(s); a window needs {context + 1} in one: use a longer file or a shorter context"
+                f"{len(self.files)} file(s); a window needs {context + 1} in one: use longer files or a shorter context"
             )
         try:
             self.gather(np.array([0, len(self) - 1]))
@@ -105,7 +105,7 @@ class _File:
     def windows(self, starts: Int64s, length: int) -> NDArray[Any]:
         """The `length` tokens from each start on, (len(starts), length)."""
         if self._mapped is not None:
-            return self._mapped[starts[:, None] + np.arange(length)]
+            return np.asarray(self._mapped[starts[:, None] + np.arange(length)])
         with ThreadPoolExecutor(min(READERS, len(starts))) as readers:
             return np.stack(list(readers.map(lambda start: self._range(start, length), starts.tolist())))
 
