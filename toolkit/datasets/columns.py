@@ -129,15 +129,15 @@ def _from_parquet(content: bytes) -> Any:
 
 
 def _from_csv(content: bytes, types: Mapping[str, Kind]) -> Any:
-    from pyarrow import BufferReader, csv, float64, string
+    from pyarrow import BufferReader, csv, string
 
-    wanted = {"number": float64(), "category": string()}
     return csv.read_csv(
         BufferReader(content),
         # In one block, or types would be those of the first megabyte.
         read_options=csv.ReadOptions(use_threads=False, block_size=min(len(content) + 1, LARGEST_BLOCK)),
         convert_options=csv.ConvertOptions(
-            column_types={name: wanted[kind] for name, kind in types.items()}, strings_can_be_null=True
+            column_types={name: string() for name, kind in types.items() if kind == "category"},
+            strings_can_be_null=True,
         ),
     )
 

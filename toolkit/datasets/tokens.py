@@ -119,7 +119,10 @@ def _urls(path: str) -> Sequence[str]:
     try:
         storage.size(path)
     except IsADirectoryError:
-        return [storage.join(path, name) for name in storage.names(path) if name.endswith(".bin")]
+        found = [storage.join(path, name) for name in storage.names(path) if name.endswith(".bin")]
+        if not found:
+            raise JobError(f"folder {storage.shown(path)} has no files that end in .bin; put some there") from None
+        return found
     except OSError as error:
         raise JobError(f"tokens {storage.shown(path)} cannot be read: {error}") from error
     return [path]
