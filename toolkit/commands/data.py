@@ -19,4 +19,4 @@ def fetch(job: JobFile, overrides: Overrides = None, debug: Debug = False) -> No
         print(f"{file.url}: {file.ensure()}, {file.path.stat().st_size} bytes in {file.path}")
     for key, one in named.items():
         dataset = datasets.build(key, one)
-        print(f"{key}: {len(dataset)} samples of {one.name}, can be read")
+        print(f"{key}: {len(dataset)} samples of {one.name}")

@@ -44,7 +44,7 @@ class Cifar10(Dataset[Any]):
         """
         records = np.concatenate([_parsed(url, content) for url, content in self._contents(split, root, cache)])
         self.source = f"{storage.shown(root) if root else ARCHIVE} ({split})"
-        self.images = torch.from_numpy(records[:, 1:].reshape(-1, *self.input_shape).copy())
+        self.images = torch.from_numpy(records[:, 1:].reshape(-1, *self.input_shape))
         self.targets = torch.from_numpy(records[:, 0].astype(np.int64))
 
     @classmethod
