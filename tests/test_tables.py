@@ -134,7 +134,7 @@ def test_types_make_categories_of_numbers_as_they_are_written(tmp_path: Path) ->
 
 
 def test_rows_with_missing_values_are_left_out_when_so_wished(tmp_path: Path) -> None:
-    gaps = SMALL + ",red,true,a\n5,,true,b\n5,red,NA,b\n5,red,true,\n"
+    gaps = SMALL + ",pink,true,d\n5,,true,b\n5,red,NA,b\n5,red,true,\n"
     whole, dropped = Table(put(tmp_path, SMALL), "y"), Table(put(tmp_path, gaps, "gaps.csv"), "y", missing="drop")
     assert torch.equal(whole.inputs, dropped.inputs)
     assert torch.equal(whole.targets, dropped.targets)

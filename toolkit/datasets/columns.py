@@ -29,6 +29,13 @@ class Column(NamedTuple):
     def missing(self) -> NDArray[np.bool_]:
         return np.isnan(self.values) if self.categories is None else self.values < 0
 
+    def only(self, rows: NDArray[np.bool_]) -> "Column":
+        """The column of these rows, none of them missing, with no category that none of them has."""
+        if self.categories is None:
+            return self._replace(values=self.values[rows])
+        used, places = np.unique(self.values[rows], return_inverse=True)
+        return Column(self.name, places, tuple(self.categories[place] for place in used))
+
 
 class File:
     """A table that lies at a URL, read whole. Raises JobError for what is none."""
@@ -125,7 +132,7 @@ def _kind(type_: Any) -> Kind | None:
 def _from_parquet(content: bytes) -> Any:
     from pyarrow import BufferReader, parquet
 
-    return parquet.read_table(BufferReader(content))
+    return parquet.read_table(BufferReader(content), use_threads=False)  # workers are forked from this process
 
 
 def _from_csv(content: bytes, types: Mapping[str, Kind]) -> Any:

@@ -28,8 +28,8 @@ class ImageFolder(Dataset[Any]):
     drawn from torch's global generator, which the loader seeds from (seed, epoch, sample). What is held out of a
     training set by a fraction is cropped as the set is.
 
-    A sample is uint8; `collate_fn` makes of samples a batch in 0..1, float32. There is no `gather`: the images have
-    different sizes, and decoding them one by one is all of the time.
+    A sample is uint8, as the file has it (an orientation in EXIF is not looked at); `collate_fn` makes of samples a
+    batch in 0..1, float32. There is no `gather`: decoding the images, one by one, is most of the time.
     """
 
     def __init__(

@@ -147,7 +147,7 @@ def _read(
     whole = ~np.logical_or.reduce([column.missing for column in columns])
     if not whole.any():
         raise JobError(f"{file.shown}: each of its {rows} rows has a missing value: {told}; leave out columns")
-    return [column._replace(values=column.values[whole]) for column in columns]
+    return [column.only(whole) for column in columns]
 
 
 def _rows(count: int, split: Literal["train", "test", "all"], test_fraction: float) -> Int64s:
