@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from toolkit import storage
 from toolkit.checkpoint import Archive, reader
 from toolkit.checkpoint.manifest import DTYPES
 
@@ -111,6 +112,14 @@ def workplace(tmp_path: Path) -> Workplace:
     place = Workplace(tmp_path)
     place.write("digits.yaml", DIGITS)
     return place
+
+
+@pytest.fixture(params=["folder", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder on disk, and one that only fsspec can reach."""
+    url = str(tmp_path / "data") if request.param == "folder" else f"memory://{tmp_path.name}"
+    yield url
+    storage.remove(url)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import hashlib
 import os
 import threading
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,20 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from tests.test_images import put_cifar
+from tests.test_tables import put_csv
+from tests.test_tokens import put_tokens
 from toolkit import storage
 from toolkit.datasets import download
+from toolkit.datasets.cifar import Cifar10
 from toolkit.datasets.digits import Digits
 from toolkit.datasets.download import fetched
 from toolkit.datasets.idx import FashionMnist, Mnist
 from toolkit.datasets.split import held_out
 from toolkit.datasets.synthetic import Synthetic
+from toolkit.datasets.table import Table
 from toolkit.datasets.text import Text
+from toolkit.datasets.tokens import Tokens
 from toolkit.errors import JobError
 
 POEM = "Größe: a naïve café ☕\nthe quick brown fox jumps over the lazy dog 0123456789\n" * 3
@@ -45,14 +50,6 @@ def same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
 
 
-@pytest.fixture(params=["folder", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A folder on disk, and one that only fsspec can reach."""
-    url = str(tmp_path / "data") if request.param == "folder" else f"memory://{tmp_path.name}"
-    yield url
-    storage.remove(url)
-
-
 @pytest.fixture
 def built_in(tmp_path: Path) -> dict[str, Any]:
     storage.write(str(tmp_path / "poem.txt"), POEM.encode())
@@ -61,12 +58,15 @@ def built_in(tmp_path: Path) -> dict[str, Any]:
         "mnist": Mnist(root=put_mnist(str(tmp_path))),
         "fashion_mnist": FashionMnist(root=str(tmp_path)),
         "text": Text(str(tmp_path / "poem.txt"), context=7, stride=3),
+        "cifar10": Cifar10(root=put_cifar(str(tmp_path))),
+        "table": Table(put_csv(str(tmp_path)), "y"),
+        "token_files": Tokens(put_tokens(str(tmp_path / "shards")), 500, context=7, stride=3),
         "images": Synthetic(size=100, shape=(2, 3)),
         "tokens": Synthetic("tokens", size=100, context=9),
     }
 
 
-NAMES = ["digits", "mnist", "fashion_mnist", "text", "images", "tokens"]
+NAMES = ["digits", "mnist", "fashion_mnist", "text", "cifar10", "table", "token_files", "images", "tokens"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -79,6 +79,8 @@ DOORS = {
     "submitit": {"cluster"},
     "safetensors": {"checkpoint"},
     "typer": {"cli", "commands"},
+    "PIL": {"datasets"},
+    "pyarrow": {"datasets"},
 }
 READS_ENVIRONMENT = {"cli", "commands", "notebook", "world", "cluster"}
 

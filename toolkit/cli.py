@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 import toolkit
-from toolkit.commands import cluster, runs
+from toolkit.commands import cluster, data, runs
 from toolkit.commands.options import Debug, JobFile, Overrides
 from toolkit.config import Job, load_job
 from toolkit.errors import JobError, RunError
@@ -99,7 +99,7 @@ def _options(
 
 
 for command in (cluster.submit, cluster.status, cluster.logs, cluster.cancel, runs.evaluate, runs.checkpoints,
-                runs.fork, runs.verify_resume, cluster.supervise):  # fmt: skip
+                runs.fork, runs.verify_resume, data.fetch, cluster.supervise):  # fmt: skip
     app.command()(command)
 
 

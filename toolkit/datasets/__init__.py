@@ -2,22 +2,28 @@
 
 `ds[i]` gives `(input, target)`. A dataset that has `gather(indices)` gives a whole batch at once, which is many times
 faster than sample by sample. `num_classes`, `input_shape` and `vocab_size` are offered to the model; `source` names the
-files in errors.
+files in errors. A class that takes files from the network lists them in `downloads(**args)`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from toolkit import components
+from toolkit.datasets.download import Download
 from toolkit.errors import JobError
 
 DATASETS = {
+    "cifar10": "toolkit.datasets.cifar:Cifar10",
     "digits": "toolkit.datasets.digits:Digits",
     "fashion_mnist": "toolkit.datasets.idx:FashionMnist",
+    "image_folder": "toolkit.datasets.images:ImageFolder",
     "mnist": "toolkit.datasets.idx:Mnist",
     "synthetic": "toolkit.datasets.synthetic:Synthetic",
+    "table": "toolkit.datasets.table:Table",
     "text": "toolkit.datasets.text:Text",
+    "tokens": "toolkit.datasets.tokens:Tokens",
 }
 
 SHAPES = ("num_classes", "input_shape", "vocab_size")
@@ -39,6 +45,13 @@ def build(key: str, component: Any) -> Any:
     if len(dataset) == 0:
         raise JobError(f"{key} {component.name!r} is empty; it needs at least one sample")
     return dataset
+
+
+def downloads(key: str, component: Any) -> list[Download]:
+    """The files that the dataset would take from the network. Raises JobError for one that is not known."""
+    constructor = components.find(key, component.name, DATASETS)
+    listed: Callable[..., list[Download]] | None = getattr(constructor, "downloads", None)
+    return listed(**components.checked_args(key, component, constructor)) if listed else []
 
 
 def shapes(dataset: Any) -> dict[str, Any]:

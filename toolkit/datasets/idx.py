@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from toolkit import storage
-from toolkit.datasets.download import fetched
+from toolkit.datasets.download import CACHE, Download, fetched
 from toolkit.datasets.stream import Int64s
 from toolkit.errors import JobError
 
@@ -33,9 +33,7 @@ class IdxImages(Dataset[Any]):
     mirror = ""
     sha256: ClassVar[dict[str, str]] = {}
 
-    def __init__(
-        self, split: Literal["train", "test"] = "train", root: str | None = None, cache: str = "~/.cache/toolkit"
-    ) -> None:
+    def __init__(self, split: Literal["train", "test"] = "train", root: str | None = None, cache: str = CACHE) -> None:
         """`root`: fsspec URL of the folder with the files.
 
         Without it they are fetched once into `cache` and verified.
@@ -51,10 +49,18 @@ class IdxImages(Dataset[Any]):
             )
         self.input_shape = (1, *self.images.shape[1:])
 
+    @classmethod
+    def downloads(cls, split: str = "train", root: str | None = None, cache: str = CACHE) -> list[Download]:
+        return [] if root else [cls._download(name, cache) for name in _FILES[split]]
+
+    @classmethod
+    def _download(cls, name: str, cache: str) -> Download:
+        return Download(f"{cls.mirror}{name}.gz", cls.sha256[name], cache)
+
     def _content(self, name: str, root: str | None, cache: str) -> tuple[str, bytes]:
         """(where a file lies, its bytes)."""
         if root is None:
-            path = str(fetched(f"{self.mirror}{name}.gz", self.sha256[name], cache))
+            path = str(fetched(*self._download(name, cache)))
             return path, storage.read(path)
         for url in (storage.join(root, name), storage.join(root, name + ".gz")):
             try:
