@@ -218,7 +218,7 @@ class Job(Section):
     run: Run = Field(description="what the run is called, where it lives, its seed")
     task: ComponentField = Field(description="classification, regression, language_modeling or your own")
     data: Data = Field(description="what is learnt from, and how much of it a step takes")
-    model: ComponentField = Field(description="cnn, gpt, mlp or your own nn.Module")
+    model: ComponentField = Field(description="cnn, gpt, mlp, resnet, vit or your own nn.Module")
     optimizer: ComponentField = Field(description="adam, adamw, sgd or your own")
     schedule: ComponentField = Field(Component(name="constant"), description="factor of the learning rate at a step")
     train: Train = Field(description="how long to train, and how")
