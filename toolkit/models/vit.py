@@ -31,7 +31,9 @@ class Vit(nn.Module):
         if width % heads:
             raise JobError(f"width {width} is not a multiple of heads {heads}; choose one that is")
         if height % patch or breadth % patch:
-            raise JobError(f"images of {height}x{breadth} are not whole patches of {patch}x{patch}; choose a divisor")
+            raise JobError(
+                f"images of {height}x{breadth} are not whole patches of {patch}x{patch}; give one that divides both"
+            )
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, 1 + (height // patch) * (breadth // patch), width))
