@@ -24,6 +24,7 @@ class Digits(Dataset[Any]):
     `test` is every fifth image (359), `train` the rest (1438), `all` both.
     """
 
+    num_classes = 10
     input_shape = (1, 8, 8)
     source = "digits"
 
