@@ -99,6 +99,20 @@ def test_digits_have_the_promised_size_shape_and_range(split: Any, count: int) -
     assert (digits.targets.dtype, digits.targets.unique().tolist()) == (torch.int64, list(range(10)))
 
 
+def test_some_digits_alone_are_classes_in_their_order() -> None:
+    every, some = Digits("test"), Digits("test", (5, 3))
+    assert some.num_classes == 2
+    for target, digit in enumerate((5, 3)):
+        assert torch.equal(some.inputs[some.targets == target], every.inputs[every.targets == digit])
+    assert len(some) == ((every.targets == 3) | (every.targets == 5)).sum()
+
+
+@pytest.mark.parametrize("digits", [(), (3, 10), (3, 3), (-1,)])
+def test_digits_that_there_are_not_are_refused(digits: tuple[int, ...]) -> None:
+    with pytest.raises(JobError, match="must be some of 0 to 9, each once"):
+        Digits(digits=digits)
+
+
 def test_every_fifth_digit_is_test_and_the_rest_is_train() -> None:
     train, test, whole = Digits("train"), Digits("test"), Digits("all")
     fifth = torch.arange(1797) % 5 == 4

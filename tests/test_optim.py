@@ -3,15 +3,19 @@
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from toolkit.config.schema import Component
+from toolkit.datasets.loader import Batch
 from toolkit.errors import JobError
 from toolkit.models.cnn import Cnn
 from toolkit.models.gpt import Gpt
 from toolkit.optim import build_optimizer, build_schedule, freeze
+from toolkit.tasks import Regression
+from toolkit.trainer import Trainer
 
 CPU = torch.device("cpu")
 TOTAL, WARM = 110, 10
@@ -41,6 +45,10 @@ class Fused(Plain):
 def falling(step: int, total_steps: int, power: int = 1) -> float:
     """A user's own schedule."""
     return (1 - step / total_steps) ** power
+
+
+def scaled(model: nn.Module, lr_scale: dict[str, float], **args: Any) -> Any:
+    return build_optimizer(model, Component(name="adamw", args={"lr": 0.1} | args), CPU, lr_scale)
 
 
 def optimizer_of(name: str, model: nn.Module, **args: Any) -> Any:
@@ -119,6 +127,64 @@ def test_a_pattern_that_freezes_nothing_is_refused_with_the_names_there_are(patt
     assert meant in message
     names = "embed.weight, layers.0.weight, layers.0.bias, layers.1.weight, layers.1.bias and 4 more"
     assert message.endswith(f"Their names: {names}")
+
+
+@pytest.mark.parametrize(
+    ("lr_scale", "factors"),
+    [
+        ({}, {}),
+        ({"head.*": 10, "layers.0.*": 0.5}, {"embed.weight": 10, "head.bias": 10, "layers.0.weight": 0.5,
+                                             "layers.0.bias": 0.5}),
+        ({"*.bias": 2}, {"layers.0.bias": 2, "layers.1.bias": 2, "layers.2.bias": 2, "head.bias": 2}),
+    ],
+)  # fmt: skip
+def test_learning_rates_are_scaled_by_pattern_and_nothing_else_is(
+    lr_scale: dict[str, float], factors: dict[str, float]
+) -> None:
+    model = Layers()
+    groups = scaled(model, lr_scale, weight_decay=0.3).param_groups
+    found = {
+        parameter: (group["initial_lr"], group["weight_decay"]) for group in groups for parameter in group["params"]
+    }
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    for name, parameter in model.named_parameters():
+        decay = 0.0 if name.endswith("bias") else 0.3
+        assert found[parameter] == (pytest.approx(0.1 * factors.get(name, 1)), decay), name
+    assert groups[0]["initial_lr"] == 0.1, "the one that metrics report is the job's"
+
+
+def test_a_scaled_part_takes_the_steps_of_an_optimizer_with_that_learning_rate() -> None:
+    inputs, ends = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)), []
+    for lr, lr_scale in ((0.1, {"0.*": 0.1}), (0.01, {"1.*": 10.0})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        optimizer = scaled(model, lr_scale, lr=lr)
+        trainer = Trainer(
+            model, Regression(), optimizer, lambda step: 0.5, device=CPU, total_steps=3, global_batch_size=8
+        )
+        for _ in range(3):
+            trainer.step([Batch(inputs, torch.ones(8), np.arange(8))])
+        ends.append([*model.state_dict().values()])
+    assert all(torch.allclose(one, other) for one, other in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lr_scale", "words"),
+    [
+        ({"layer.0.*": 2.0}, "optimizer.lr_scale: 'layer.0.*' matches none of the model's 8 trainable parameters; "
+                             "did you mean 'layers.0.*'? Their names: embed.weight, "),
+        ({"layers.2.bias": 2.0}, "'layers.2.bias' matches none of the model's 8 trainable parameters"),
+        ({"*": 0.1, "head.*": 10.0}, "optimizer.lr_scale: head.weight matches '*' and 'head.*'; change one"),
+        ({"embed.*": 2.0, "head.*": 10.0}, "head.weight matches 'embed.*' and 'head.*'"),
+    ],
+    ids=["no match", "frozen", "two patterns", "tied"],
+)  # fmt: skip
+def test_a_pattern_that_scales_nothing_or_something_twice_is_refused(lr_scale: dict[str, float], words: str) -> None:
+    model = Layers()
+    freeze(model, ["layers.2.bias"])
+    with pytest.raises(JobError) as error:
+        scaled(model, lr_scale)
+    assert words in str(error.value)
 
 
 def test_freezing_everything_is_refused() -> None:

@@ -240,18 +240,68 @@ def test_a_run_that_began_elsewhere_never_needs_the_other_again(stage: Stage) ->
     assert lines(stage, "runs/killed") == lines(stage, "runs/whole")
 
 
-def test_what_fits_is_taken_and_the_rest_is_named(stage: Stage) -> None:
-    stage.run(*TRAIN, "train.max_steps=5", "model.args.hidden=[32,16]", "run.dir=runs/old")
-    said = stage.run(*TRAIN, "train.max_steps=5", "run.dir=runs/new", "run.init_from=runs/old")
-    assert "2 tensors taken" in said
-    assert "of another shape: " in said
-    assert "(10, 32) here" in said
-    assert "not used: " in said
+HEAD = "run.init_except=['layers.3.*']"  # of a perceptron with one hidden layer
+
+
+def test_a_new_head_begins_anew_and_all_else_is_taken(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=5", "model.args.num_classes=12", "run.dir=runs/old")
+    for name, more in (("new", [HEAD, "run.init_from=runs/old"]), ("scratch", ["train.on_nan=rollback"])):
+        said = stage.run(*TRAIN, "train.max_steps=5", "checkpoint.keep=9", f"run.dir=runs/{name}", *more)
+        if name == "new":
+            assert "2 tensors taken\n  begin anew: layers.3.bias, layers.3.weight\n" in said
+            assert "  not used: layers.3.bias, layers.3.weight\n" in said
+    old, new, scratch = (
+        stage.place.tensors(f"runs/{name}", step) for name, step in (("old", 5), ("new", 0), ("scratch", 0))
+    )
+    for name, tensor in new.items():
+        assert torch.equal(tensor, (scratch if "layers.3." in name else old)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([], "runs/old/checkpoints/step-00000005 and the model differ in\n  layers.3.bias: (12,) there, (10,) here\n  "
+             "layers.3.weight: (12, 32) there, (10, 32) here\nuse a run of a model like this one, or say what is to "
+             "begin anew, such as a new head: run.init_except=['layers.3.*']"),
+        (["model.args.hidden=[32,10]"], "  layers.5.bias: only here\n"),
+        (["model.args.hidden=[]"], "nothing of runs/old/checkpoints/step-00000005 fits the model"),
+        (["run.init_except=['*']"], "nothing of runs/old/checkpoints/step-00000005 fits the model"),
+        ([HEAD, "model.args.hidden=[32,16]"], "differ in\n  layers.5.bias: only here\n  layers.5.weight: only here\n"),
+        (["run.init_except=['layer.3.*']"], "run.init_except: 'layer.3.*' matches none of the weights here or in runs"
+                                            "/old/checkpoints/step-00000005; did you mean 'layers.3.*'? Their names: "),
+        ([HEAD, "optimizer.lr_scale={layer.3.*: 2}"], "optimizer.lr_scale: 'layer.3.*' matches none of the model's 4 "),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_and_were_not_named_are_refused(stage: Stage, changes: list[str], words: str) -> None:
+    stage.run(*TRAIN, "train.max_steps=5", "model.args.num_classes=12", "run.dir=runs/old")
+    assert words in stage.place.refused(*TRAIN, "run.dir=runs/new", "run.init_from=runs/old", *changes)
+
+
+def test_what_begins_anew_and_what_learns_faster_is_part_of_the_job(stage: Stage) -> None:
+    stage.run(*TRAIN, "train.max_steps=5", "run.dir=runs/old")
+    words = [*TRAIN, "run.dir=runs/new", "run.init_from=runs/old"]
+    stage.run(*words, HEAD, "train.max_steps=5", "optimizer.lr_scale={layers.3.*: 10}")
+    refusal = stage.place.refused(*words)
+    assert "run.init_except: ['layers.3.*'] -> []" in refusal
+    assert "optimizer.lr_scale.layers.3.*: 10.0 -> None" in refusal
+
+
+def test_learning_rates_by_pattern_go_through_a_kill(stage: Stage) -> None:
+    words = [*TRAIN, "optimizer.lr_scale={layers.3.*: 10}"]
+    stage.run(*words, "run.dir=runs/whole")
+    stage.kill_whole(stage.hold(*words, "run.dir=runs/killed", before=13, ranks=[0]))
+    stage.run(*words, "run.dir=runs/killed")
+    assert same(stage.place.tensors("runs/killed", 40), stage.place.tensors("runs/whole", 40))
+    assert lines(stage, "runs/killed") == lines(stage, "runs/whole")
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [("runs/old", "nothing fits the model"), ("runs/gone", "runs/gone has no whole checkpoint"), ("http://[", "")],
+    [
+        ("runs/old", "step-00000005 fits the model"),
+        ("runs/gone", "runs/gone has no whole checkpoint"),
+        ("http://[", ""),
+    ],
 )
 def test_weights_that_are_not_there_or_do_not_fit_are_refused_with_nothing_written(
     stage: Stage, source: str, words: str

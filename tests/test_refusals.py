@@ -141,7 +141,7 @@ def test_evaluate_refuses_a_folder_that_is_no_run(workplace: Workplace) -> None:
         ("data.train=mine:Empty", ["data.train 'mine:Empty' is empty; it needs at least one sample"]),
         ("data.train=mine:Endless", ["'mine:Endless' is an IterableDataset", "no index", "__len__ and __getitem__"]),
         ("data.train=mine:Wide", ["model, data and task do not fit together", "shapes cannot be multiplied"]),
-        ("model=mlpp", ["model 'mlpp' is unknown; did you mean 'mlp'? Known: cnn, gpt, mlp"]),
+        ("model=mlpp", ["model 'mlpp' is unknown; did you mean 'mlp'? Known: cnn, gpt, mlp, resnet, vit"]),
         ("model.args.hiden=[3]", ["unknown argument 'hiden'; did you mean 'hidden'? Allowed: input_shape"]),
         ("data.train=text", ["data.train 'text': argument 'path' is missing; add it under args"]),
         ("data.train=raising:Data", ["data.train 'raising:Data': its module raised RuntimeError: half", "raising.py"]),

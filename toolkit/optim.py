@@ -6,10 +6,8 @@ the step, so it has no state to save.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import partial
 from math import cos, pi
 from typing import Any
@@ -20,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from toolkit import components
 from toolkit.errors import JobError
+from toolkit.patterns import matched
 
 OPTIMIZERS = {
     "adam": "torch.optim:Adam",
@@ -34,10 +33,14 @@ SCHEDULES = {
 }
 
 
-def build_optimizer(model: nn.Module, component: Any, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, component: Any, device: torch.device, lr_scale: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of a model's trainable parameters.
 
-    Weight decay spares norms and biases: all of fewer than two dimensions.
+    Weight decay spares norms and biases: all of fewer than two dimensions. `lr_scale` has a factor of the learning rate
+    for the parameters whose names match a pattern, such as `head.*`; all others have 1. Raises JobError for a pattern
+    that matches no trainable parameter, and for a parameter that two match.
     """
     constructor = components.find("optimizer", component.name, OPTIMIZERS)
     accepts = inspect.signature(constructor).parameters
@@ -46,18 +49,37 @@ def build_optimizer(model: nn.Module, component: Any, device: torch.device) -> t
     fused = "fused" in accepts and "foreach" not in component.args and device.type in ("cpu", "cuda", "mps")
     if any(isinstance(parameter, DTensor) for parameter in trainable):
         fused = fused and constructor in (torch.optim.Adam, torch.optim.AdamW)
-    groups: list[dict[str, Any]] = [{"params": trainable}]
-    if "weight_decay" in accepts:
-        groups = [
-            {"params": [parameter for parameter in trainable if parameter.ndim >= 2]},
-            {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
-        ]
-    groups = [group for group in groups if group["params"]]
+    scales = _scales(model, lr_scale or {})
+    groups = _groups(trainable, scales, "weight_decay" in accepts)
     offers = {"fused": True} if fused else {}
     optimizer: torch.optim.Optimizer = components.build("optimizer", component, OPTIMIZERS, groups, offers=offers)
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+        group["initial_lr"] = group["lr"] * scales.get(id(group["params"][0]), 1.0)
     return optimizer
+
+
+def _groups(trainable: Sequence[nn.Parameter], scales: Mapping[int, float], decays: bool) -> list[dict[str, Any]]:
+    """Parameters of one learning rate and one weight decay each, those of the plain learning rate first."""
+    groups: list[dict[str, Any]] = []
+    for scale in sorted({1.0, *scales.values()}, key=lambda scale: (scale != 1, scale)):
+        own = [parameter for parameter in trainable if scales.get(id(parameter), 1.0) == scale]
+        groups += [
+            {"params": [parameter for parameter in own if not decays or parameter.ndim >= 2]},
+            {"params": [parameter for parameter in own if decays and parameter.ndim < 2], "weight_decay": 0.0},
+        ]
+    return [group for group in groups if group["params"]]
+
+
+def _scales(model: nn.Module, lr_scale: Mapping[str, float]) -> dict[int, float]:
+    """Trainable parameter, by id -> factor of its learning rate, where a pattern gives one."""
+    every = model.named_parameters(remove_duplicate=False)
+    named = {name: parameter for name, parameter in every if parameter.requires_grad}
+    patterns: dict[int, str] = {}
+    for pattern in lr_scale:
+        for name in matched("optimizer.lr_scale", pattern, named, f"the model's {len(named)} trainable parameters"):
+            if (other := patterns.setdefault(id(named[name]), pattern)) != pattern:
+                raise JobError(f"optimizer.lr_scale: {name} matches {other!r} and {pattern!r}; change one, or drop it")
+    return {parameter: lr_scale[pattern] for parameter, pattern in patterns.items()}
 
 
 class Ema:
@@ -114,27 +136,13 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     Call it before the optimizer and DDP are built. Where all parameters of a part are frozen, the trainer keeps its
     buffers, such as running statistics, as they are. Raises JobError if a pattern matches nothing, or nothing is left.
     """
-    named = list(model.named_parameters(remove_duplicate=False))  # a tied one has several names, and any will do
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied one has several names, and any will do
     for pattern in patterns:
-        matching = [parameter for name, parameter in named if fnmatchcase(name, pattern)]
-        if not matching:
-            raise JobError(_no_match(pattern, [name for name, _ in named]))
-        for parameter in matching:
-            parameter.requires_grad_(False)
-    if patterns and not any(parameter.requires_grad for _, parameter in named):
+        for name in matched("train.freeze", pattern, named, f"the model's {len(named)} parameters"):
+            named[name].requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in named.values()):
         given = ", ".join(patterns)
         raise JobError(f"train.freeze: {given} leaves no parameter of the model to train; freeze less")
-
-
-def _no_match(pattern: str, names: list[str]) -> str:
-    parts = {".".join([*name.split(".")[:depth], "*"]) for name in names for depth in range(1, name.count(".") + 1)}
-    near = get_close_matches(pattern, [*names, *sorted(parts)], 1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (
-        f"train.freeze: {pattern!r} matches none of the model's {len(names)} parameters; {meant}"
-        f"Their names: {', '.join(names[:5])}{more}"
-    )
 
 
 def build_schedule(component: Any, total_steps: int) -> Callable[[int], float]:

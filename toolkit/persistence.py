@@ -60,9 +60,9 @@ def checkpoints(
 
 
 def check_origin(run: Run, job: Job, trainer: Trainer) -> None:
-    """Raises JobError if a new run is to begin with weights that are not there, or of which none fits."""
+    """Raises JobError if a new run is to begin with weights that are not there, or do not fit."""
     if job.run.init_from and not Archive(run.at("checkpoints")).folders():
-        export.fit(job.run.init_from, trainer.state.model)
+        export.fit(job.run.init_from, trainer.state.model, job.run.init_except)
 
 
 def begin(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) -> None:
@@ -76,7 +76,7 @@ def begin(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) ->
     if trainer.ranks.leads:
         run.metrics.open(last_step=state.step)
     if resumed is None and job.run.init_from:
-        weights = export.fit(job.run.init_from, state.model)
+        weights = export.fit(job.run.init_from, state.model, job.run.init_except)
         weights.load(state.model)
         if state.ema:
             state.ema = optim.Ema(state.model, state.ema.decay)

@@ -104,7 +104,7 @@ def _trainer(
     return Trainer(
         model,
         components.build("task", job.task, TASKS),
-        optim.build_optimizer(model, job.optimizer, device),
+        optim.build_optimizer(model, job.optimizer, device, job.optimizer.lr_scale),
         optim.build_schedule(job.schedule, total_steps),
         device=device,
         total_steps=total_steps,

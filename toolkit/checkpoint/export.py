@@ -1,8 +1,8 @@
 """Weights for others: out of a checkpoint into one safetensors file, or into the model of a new run."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save
@@ -14,6 +14,7 @@ from toolkit.checkpoint.archive import Archive
 from toolkit.checkpoint.manifest import DTYPES, DamagedError, Manifest, TensorEntry
 from toolkit.checkpoint.state import model_tensors
 from toolkit.errors import JobError, RunError
+from toolkit.patterns import matched
 from toolkit.secret import Secret
 
 
@@ -48,20 +49,14 @@ class Fit:
     archive: Archive
     manifest: Manifest
     sources: dict[str, str]  # name in the model -> name in the checkpoint
-    missing: list[str] = field(default_factory=list)  # in the model only
-    left_over: list[str] = field(default_factory=list)  # in the checkpoint only
-    shapes: list[str] = field(default_factory=list)  # in both, but not alike
+    anew: list[str]  # in the model, and left as it was made
+    unused: list[str]  # in the checkpoint, and not taken
 
     def words(self) -> str:
         """What is taken and what is not, a line each."""
-        lines = [
-            f"weights of {storage.shown(self.archive.folder(self.manifest.step))}: {len(self.sources)} tensors taken"
-        ]
-        for what, names in (
-            ("left as they were made", self.missing),
-            ("not used", self.left_over),
-            ("of another shape", self.shapes),
-        ):
+        where = storage.shown(self.archive.folder(self.manifest.step))
+        lines = [f"weights of {where}: {len(self.sources)} tensors taken"]
+        for what, names in (("begin anew", self.anew), ("not used", self.unused)):
             lines += [f"  {what}: {', '.join(names)}"] if names else []
         return "\n".join(lines)
 
@@ -78,10 +73,11 @@ class Fit:
             own[name].copy_(tensor)
 
 
-def fit(url: str, model: nn.Module) -> Fit:
+def fit(url: str, model: nn.Module, but: Sequence[str] = ()) -> Fit:
     """Compare the newest checkpoint of a run, or the one that the URL names itself, with a model.
 
-    Raises JobError if there is none, or nothing of it fits.
+    Weights whose names match a pattern in `but` are left out on both sides. Raises JobError if there is no checkpoint,
+    or anything else differs between the two, or nothing is left, or a pattern matches nothing.
     """
     folder, _, name = url.rstrip("/").rpartition("/")
     chosen = re.fullmatch(r"step-(\d{8,15})", name)
@@ -98,21 +94,36 @@ def fit(url: str, model: nn.Module) -> Fit:
             f"run.init_from: {storage.shown(url)} has no whole checkpoint; give the directory of a run, or of one "
             "checkpoint, such as runs/x or runs/x/checkpoints/step-00000200"
         )
-    return _compared(archive, manifest, model_tensors(model))
+    return _compared(archive, manifest, model_tensors(model), but)
 
 
-def _compared(archive: Archive, manifest: Manifest, own: Mapping[str, Tensor]) -> Fit:
-    there = _weights(manifest, averaged=True)
-    found = Fit(archive, manifest, {}, sorted(own.keys() - there), sorted(there.keys() - own))
-    for name in sorted(own.keys() & there):
-        source, entry = there[name]
-        if entry.shape == tuple(own[name].shape):
-            found.sources[name] = source
-        else:
-            found.shapes.append(f"{name} {entry.shape} there, {tuple(own[name].shape)} here")
-    if not found.sources:
-        raise JobError(f"run.init_from: nothing fits the model\n{found.words()}\nuse a run of a model like this one")
-    return found
+def _compared(archive: Archive, manifest: Manifest, own: Mapping[str, Tensor], but: Sequence[str]) -> Fit:
+    there, where = _weights(manifest, averaged=True), storage.shown(archive.folder(manifest.step))
+    names = sorted(own.keys() | there)
+    anew = {name for one in but for name in matched("run.init_except", one, names, f"the weights here or in {where}")}
+    kept = [name for name in names if name not in anew]
+    differing = {name: words for name in kept if (words := _difference(own.get(name), there.get(name)))}
+    taken = {name: there[name][0] for name in kept if name not in differing}
+    if not taken:
+        raise JobError(f"run.init_from: nothing of {where} fits the model; use a run of a model like this one")
+    if differing:
+        lines = [f"{name}: {words}" for name, words in differing.items()]
+        parts = sorted({f"{name.rpartition('.')[0]}.*" if "." in name else name for name in differing})
+        more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise JobError(
+            f"run.init_from: {where} and the model differ in\n  " + "\n  ".join(lines[:5]) + more +
+            "\nuse a run of a model like this one, or say what is to begin anew, such as a new head: "
+            f"run.init_except=[{', '.join(map(repr, parts[:5]))}{', …' * (len(parts) > 5)}]"
+        )  # fmt: skip
+    return Fit(archive, manifest, taken, sorted(anew & own.keys()), sorted(anew & there.keys()))
+
+
+def _difference(own: Tensor | None, there: tuple[str, TensorEntry] | None) -> str:
+    """Why a tensor of the checkpoint cannot be the model's, in words."""
+    if own is None or there is None:
+        return "only there" if own is None else "only here"
+    before, now = there[1].shape, tuple(own.shape)
+    return f"{before} there, {now} here" if before != now else ""
 
 
 def _weights(manifest: Manifest, averaged: bool) -> dict[str, tuple[str, TensorEntry]]:

@@ -97,9 +97,9 @@ def _unknown_key(path: Path, root: type[BaseModel]) -> str:
     if section is None:
         return "is an unknown key"
     key, known = str(path[-1]), sorted(section.model_fields)
-    if section is Component:
-        return f"is an unknown key; arguments go under {_dotted((*path[:-1], 'args', key))}"
     near = get_close_matches(key, known, 1)
+    if issubclass(section, Component) and not near:
+        return f"is an unknown key; arguments go under {_dotted((*path[:-1], 'args', key))}"
     elsewhere = get_close_matches(key.rsplit(".", maxsplit=1)[-1], _ALL_KEYS, 1, cutoff=0.8) if root is Job else []
     if near:
         return f"is an unknown key; did you mean {near[0]!r}? Allowed: {', '.join(known)}"
@@ -112,7 +112,10 @@ def _leaves(section: type[BaseModel], path: Path) -> dict[str, str]:
     leaves: dict[str, str] = {}
     for name, info in section.model_fields.items():
         inner = _inner_model(info.annotation)
-        leaves |= _leaves(inner, (*path, name)) if inner and inner is not Component else {name: _dotted((*path, name))}
+        if inner and not issubclass(inner, Component):
+            leaves |= _leaves(inner, (*path, name))
+        else:
+            leaves[name] = _dotted((*path, name))
     return leaves
 
 

@@ -29,12 +29,21 @@ class Component(Section):
     args: dict[str, Any] = Field({}, description="arguments of its constructor, checked against the signature")
 
 
+class Optimizer(Component):
+    """An optimizer, and which of the model's parameters have another learning rate than its own."""
+
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="pattern of parameter names, such as head.*, and the factor of their learning rate"
+    )
+
+
 def _component(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 # `model: mlp` is short for `model: {name: mlp}`.
 ComponentField = Annotated[Component, BeforeValidator(_component, json_schema_input_type=str | Component)]
+OptimizerField = Annotated[Optimizer, BeforeValidator(_component, json_schema_input_type=str | Optimizer)]
 
 
 class Fraction(Section):
@@ -62,6 +71,17 @@ class Run(Section):
     init_from: str | None = Field(
         None, min_length=1, description="URL of a run or checkpoint whose weights a new run starts from"
     )
+    init_except: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="patterns of names of weights, such as head.*, that init_from leaves out: they start anew",
+    )
+
+    @model_validator(mode="after")
+    def _except_from_something(self) -> "Run":
+        if self.init_except and not self.init_from:
+            raise ValueError("init_except leaves something out of init_from, and there is no init_from; give both")
+        return self
 
 
 class Data(Section):
@@ -218,8 +238,8 @@ class Job(Section):
     run: Run = Field(description="what the run is called, where it lives, its seed")
     task: ComponentField = Field(description="classification, regression, language_modeling or your own")
     data: Data = Field(description="what is learnt from, and how much of it a step takes")
-    model: ComponentField = Field(description="cnn, gpt, mlp or your own nn.Module")
-    optimizer: ComponentField = Field(description="adam, adamw, sgd or your own")
+    model: ComponentField = Field(description="cnn, gpt, mlp, resnet, vit or your own nn.Module")
+    optimizer: OptimizerField = Field(description="adam, adamw, sgd or your own")
     schedule: ComponentField = Field(Component(name="constant"), description="factor of the learning rate at a step")
     train: Train = Field(description="how long to train, and how")
     eval: Eval = Field(Eval(), description="when val is looked at")

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from toolkit.datasets.stream import Int64s
+from toolkit.errors import JobError
 
 
 class Digits(Dataset[Any]):
-    """Inputs (1, 8, 8) float32 in 0..1, targets 0..9.
+    """Inputs (1, 8, 8) float32 in 0..1, targets 0..9; or only the images of some digits, the first of which is class 0.
 
     `test` is every fifth image (359), `train` the rest (1438), `all` both.
     """
@@ -27,13 +28,19 @@ class Digits(Dataset[Any]):
     input_shape = (1, 8, 8)
     source = "digits"
 
-    def __init__(self, split: Literal["train", "test", "all"] = "train") -> None:
+    def __init__(
+        self, split: Literal["train", "test", "all"] = "train", digits: tuple[int, ...] = tuple(range(10))
+    ) -> None:
+        if not digits or not set(digits) <= set(range(10)) or len(set(digits)) < len(digits):
+            raise JobError(f"digits {list(digits)} must be some of 0 to 9, each once")
         packed = files("toolkit.datasets").joinpath("data/optdigits.csv.gz").read_bytes()
         rows = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",", dtype=np.int64)
         fifth = np.arange(len(rows)) % 5 == 4
         rows = {"train": rows[~fifth], "test": rows[fifth], "all": rows}[split]
+        rows = rows[np.isin(rows[:, 64], digits)]
         self.inputs = torch.from_numpy(rows[:, :64].astype(np.float32) / 16).view(-1, 1, 8, 8)
-        self.targets = torch.from_numpy(rows[:, 64].copy())
+        self.targets = torch.from_numpy(np.array([digits.index(digit) for digit in rows[:, 64]]))
+        self.num_classes = len(digits)
 
     def __len__(self) -> int:
         return len(self.targets)

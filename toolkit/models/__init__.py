@@ -4,4 +4,6 @@ MODELS = {
     "cnn": "toolkit.models.cnn:Cnn",
     "gpt": "toolkit.models.gpt:Gpt",
     "mlp": "toolkit.models.mlp:Mlp",
+    "resnet": "toolkit.models.resnet:ResNet",
+    "vit": "toolkit.models.vit:Vit",
 }

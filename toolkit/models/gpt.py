@@ -36,7 +36,7 @@ class Gpt(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.logits = nn.Linear(width, vocab_size, bias=False)
         self.logits.weight = self.tokens.weight
-        self.apply(_initialise)
+        self.apply(initialise)
         for name, parameter in self.named_parameters():
             if name.endswith("out.weight"):
                 nn.init.normal_(parameter, std=0.02 / sqrt(2 * layers))
@@ -52,10 +52,10 @@ class Gpt(nn.Module):
 class Block(nn.Module):
     """(B, T, width) -> (B, T, width): attention, then a feed-forward network, each added to the stream."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, causal: bool = True) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, dropout)
+        self.attention = Attention(width, heads, dropout, causal)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, dropout)
 
@@ -65,11 +65,14 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over `heads` heads (Vaswani et al., arXiv:1706.03762). (B, T, width) -> (B, T, width)."""
+    """Self-attention over `heads` heads (Vaswani et al., arXiv:1706.03762). (B, T, width) -> (B, T, width).
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    If it is causal, a place sees only itself and those before it.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, causal: bool) -> None:
         super().__init__()
-        self.heads, self.p = heads, dropout
+        self.heads, self.p, self.causal = heads, dropout, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
@@ -79,7 +82,7 @@ class Attention(nn.Module):
         qkv = self.qkv(stream).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, width / heads)
         p = self.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=p, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=p, is_causal=self.causal)
         return self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
 
 
@@ -96,8 +99,9 @@ class FeedForward(nn.Module):
         return self.dropout(self.out(F.gelu(self.into(stream), approximate="tanh")))
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
+def initialise(module: nn.Module) -> None:
+    """Weights normal with standard deviation 0.02, biases 0."""
+    if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
