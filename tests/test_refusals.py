@@ -342,6 +342,8 @@ def test_a_bad_sample_in_the_first_batch_is_named_before_anything_is_written(
         ("Raising", ["data.workers=2"], ["cannot be read: OSError: bad sector; mend or remove it"]),
         ("Raising", ["--processes", "2"], ["rank ", "cannot be read: OSError: bad sector; mend or remove it"]),
         ("WrongClass", ["--processes", "2"], ["rank ", "class index 7 is outside 0..2"]),
+        ("WrongClass", ["data.transforms=[mixup]"], ["class index 7 is outside 0..2"]),
+        ("NotFinite", ["data.transforms=[mixup]"], ["its input has a nan or infinite value; mend or remove it"]),
     ],
 )
 def test_a_bad_sample_met_later_ends_the_run_by_its_number(
