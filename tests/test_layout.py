@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "distributed": LEAVES,
     "agreement": LEAVES | {"distributed"},
     "sharding": LEAVES | {"distributed"},
+    "layout": LEAVES,
     "models": LEAVES,
     "tasks": LEAVES,
     "optim": LEAVES | {"components"},

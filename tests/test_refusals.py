@@ -175,6 +175,7 @@ def test_another_job_in_the_directory_of_a_run_is_refused(mine: Workplace) -> No
     ("overrides", "parts"),
     [
         (["train.precision=fp16"], ["fp16 does not go with strategy fsdp", "use precision bf16, or strategy ddp"]),
+        (["train.channels_last=true"], ["channels_last does not go with strategy fsdp", "leave one of them out"]),
         (["train.grad_compression=bf16"], ["grad_compression is ddp's, and strategy is fsdp", "leave one of them out"]),
         (
             ["train.micro_batch_size=1", "--processes=3"],

@@ -24,6 +24,7 @@ from toolkit.datasets.transforms import TRANSFORMS
 from toolkit.distributed import ALONE, Ranks
 from toolkit.ending import PLAIN, Result
 from toolkit.errors import JobError, RunError
+from toolkit.layout import placed
 from toolkit.lost import Guard
 from toolkit.models import MODELS
 from toolkit.observers.averaging import Averaging
@@ -140,7 +141,7 @@ def _model(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any])
         names = (job.train.precision, job.eval.precision or job.train.precision)
         model = sharding.build(make, job.model.name, device, *(distributed.choose_precision(n, device) for n in names))
     else:
-        model = make().to(device)
+        model = placed(make(), device, job.train.channels_last)
     if job.train.activation_checkpointing:
         sharding.recompute(model, job.train.compile)
     if job.train.compile:
