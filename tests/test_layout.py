@@ -63,7 +63,9 @@ MAY_IMPORT = {
     "postmortem": LEAVES | {"storage", "run", "oom", "deaths"},
     "screening": LEAVES | {"components", "config", "datasets", "models", "optim", "tasks"},
     "evaluation": LEAVES | {"storage", "config", "distributed", "persistence", "session"},
-    "notebook": LEAVES | {"config", "run"},
+    "results": LEAVES | {"storage", "config", "run", "distributed", "datasets", "checkpoint", "persistence", "session"},
+    "notebook": LEAVES | {"config", "results"},
+    "submission": LEAVES | {"config", "results", "cluster", "screening"},
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
     "supervisor": LEAVES
     | {"run", "lock", "storage", "config", "signals", "attempt", "node", "stacks", "logs"}
@@ -81,7 +83,7 @@ DOORS = {
     "safetensors": {"checkpoint"},
     "typer": {"cli", "commands"},
 }
-READS_ENVIRONMENT = {"cli", "commands", "notebook", "world", "cluster"}
+READS_ENVIRONMENT = {"cli", "commands", "notebook", "results", "submission", "world", "cluster"}
 
 
 def _part(path: Path) -> str:

@@ -100,7 +100,7 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
 def _trainer(
     job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any], sampler: ElasticDistributedSampler
 ) -> Trainer:
-    model = _model(job, ranks, device, shapes)
+    model = model_of(job, ranks, device, shapes)
     total_steps = _total_steps(job, sampler)
     return Trainer(
         model,
@@ -126,8 +126,8 @@ def _total_steps(job: Job, sampler: ElasticDistributedSampler) -> int:
     return int(min(by_epochs, job.train.max_steps or float("inf")))
 
 
-def _model(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any]) -> nn.Module:
-    """The job's model, whole or as this rank's share."""
+def model_of(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any]) -> nn.Module:
+    """The job's model, whole or as this rank's share. `shapes` are what the dataset knows: see `datasets.shapes`."""
 
     def make() -> nn.Module:
         seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine

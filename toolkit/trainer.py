@@ -115,7 +115,7 @@ class Trainer:
         self.report = {}
         factor = self.schedule(self.state.step)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         self.guard.before(self.state.model)
         self.backward(micro_batches)
         if self.clip_grad_norm or self.guard.watches:
