@@ -137,7 +137,8 @@ def test_public_names_can_be_imported_and_no_module_has_the_name_of_one() -> Non
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    code = "import sys, toolkit.cli, toolkit.supervisor; sys.exit('torch' in sys.modules)"
+    names = "toolkit.Run, toolkit.launch, toolkit.submit, toolkit.load_job"
+    code = f"import sys, toolkit.cli, toolkit.supervisor; {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
 
 

@@ -266,6 +266,16 @@ def test_mixing_is_left_out_of_evaluation() -> None:
     assert torch.equal(batch.target, Digits().targets[:50])
 
 
+def test_a_mixing_transform_that_keeps_the_sample_too_many_is_refused() -> None:
+    class Lazy(Mixup):
+        def __call__(self, inputs: Tensor, targets: Tensor, draw: Any) -> Any:
+            return inputs, targets
+
+    message = refusal(training(Reals(), transforms=[Lazy()]), 0)
+    assert message.startswith("transform Lazy fails on inputs of shape (33, 2): ")
+    assert message.endswith("of 32 samples and one more it makes 33")
+
+
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [

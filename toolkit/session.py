@@ -55,9 +55,11 @@ class Parts:
 
 
 def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, command: Sequence[str] = ()) -> Result:
-    """Start or resume the run of a job on this rank, to its end or to an agreed stop.
+    """Start or resume the run of a job on this rank, in this very process, to its end or to an agreed stop.
 
-    Raises JobError before anything is written.
+    It goes on from its newest checkpoint, and takes the steps that it would have taken; a run that is complete is left
+    as it is. The result's `state` tells `completed` from `preempted`: then a signal has stopped it, with all saved.
+    Raises JobError before anything is written, RunError if training fails.
     """
     console = console or Console(quiet=True)
     signals = StopSignals().listen()

@@ -150,6 +150,8 @@ def _read(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, transforms: 
         draw = _draw(keys, salt)
         try:
             inputs, targets = transform(inputs, targets, draw) if mixing else (transform(inputs, draw), targets)
+            if mixing and len(inputs) != len(keys):  # or the loss would be the mean of other samples, unseen
+                raise ValueError(f"of {len(keys)} samples and one more it makes {len(inputs)}")
         except Exception as error:
             raise RunError(_untransformed(transform, inputs, error)) from error
     return Batch(inputs, targets, indices[: len(keys)])
