@@ -20,8 +20,8 @@ from toolkit.errors import JobError
 def load_job(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Job:
     """The validated job of a file and its `KEY=VALUE` overrides.
 
-    `${env:NAME}` is replaced from `environment`. Raises JobError that names all problems at once,
-    each with its line, what is allowed and the nearest key that exists.
+    `${env:NAME}` is replaced from `environment`. Raises JobError that names all problems at once, each with its line,
+    what is allowed and the nearest key that exists.
     """
     return job_from_text(_read(path), path, overrides, environment or {})
 
