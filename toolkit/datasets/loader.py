@@ -54,7 +54,7 @@ class TrainingSteps(Dataset[Any]):
         self.split = dataset if isinstance(dataset, Split) else None
         self.dataset = self.split.dataset if self.split else dataset
         self.sampler, self.transforms = sampler, transforms
-        self._beyond = sum(mixes(transform) for transform in transforms)  # samples that others of the share want
+        self._beyond = sum(mixes(transform) for transform in transforms)  # samples that the last are mixed with
         largest = ceil(sampler.global_batch_size / sampler.num_replicas)  # share of any rank
         size = self.micro_batch_size = micro_batch_size or largest
         starts = [*range(0, sampler.batch_size, size)]
@@ -150,7 +150,9 @@ def _read(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, transforms: 
         draw = _draw(keys, salt)
         try:
             inputs, targets = transform(inputs, targets, draw) if mixing else (transform(inputs, draw), targets)
-            if mixing and len(inputs) != len(keys):  # or the loss would be the mean of other samples, unseen
+            if (
+                mixing and isinstance(inputs, Tensor) and len(inputs) != len(keys)
+            ):  # or the loss would be the mean of other samples, unseen
                 raise ValueError(f"of {len(keys)} samples and one more it makes {len(inputs)}")
         except Exception as error:
             raise RunError(_untransformed(transform, inputs, error)) from error
