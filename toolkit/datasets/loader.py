@@ -145,18 +145,21 @@ def _read(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, transforms: 
         raise RunError(_unreadable(dataset, indices, epochs, seed, error)) from error
     keys = sample_keys(seed, epochs, indices) if transforms else indices
     for salt, transform in enumerate(transforms):
-        mixing = mixes(transform)
-        keys = keys[:-1] if mixing else keys
-        draw = _draw(keys, salt)
+        keys = keys[:-1] if mixes(transform) else keys
         try:
-            inputs, targets = transform(inputs, targets, draw) if mixing else (transform(inputs, draw), targets)
-            if (
-                mixing and isinstance(inputs, Tensor) and len(inputs) != len(keys)
-            ):  # or the loss would be the mean of other samples, unseen
-                raise ValueError(f"of {len(keys)} samples and one more it makes {len(inputs)}")
+            inputs, targets = _transformed(transform, inputs, targets, _draw(keys, salt), len(keys))
         except Exception as error:
             raise RunError(_untransformed(transform, inputs, error)) from error
     return Batch(inputs, targets, indices[: len(keys)])
+
+
+def _transformed(transform: Any, inputs: Any, targets: Any, draw: Callable[[int], Any], count: int) -> tuple[Any, Any]:
+    if not mixes(transform):
+        return transform(inputs, draw), targets
+    inputs, targets = transform(inputs, targets, draw)
+    if isinstance(inputs, Tensor) and len(inputs) != count:  # else the loss would be that of other samples, unseen
+        raise ValueError(f"of {count} samples and one more it makes {len(inputs)}")
+    return inputs, targets
 
 
 def _draw(keys: Any, salt: int) -> Callable[[int], Any]:
