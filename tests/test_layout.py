@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "distributed": LEAVES,
     "agreement": LEAVES | {"distributed"},
     "sharding": LEAVES | {"distributed"},
+    "layout": LEAVES,
     "models": LEAVES,
     "tasks": LEAVES,
     "optim": LEAVES | {"components"},
@@ -63,7 +64,9 @@ MAY_IMPORT = {
     "postmortem": LEAVES | {"storage", "run", "oom", "deaths"},
     "screening": LEAVES | {"components", "config", "datasets", "models", "optim", "tasks"},
     "evaluation": LEAVES | {"storage", "config", "distributed", "persistence", "session"},
-    "notebook": LEAVES | {"config", "run"},
+    "results": LEAVES | {"storage", "config", "run", "distributed", "datasets", "checkpoint", "persistence", "session"},
+    "notebook": LEAVES | {"config", "results"},
+    "submission": LEAVES | {"config", "results", "cluster", "screening"},
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
     "supervisor": LEAVES
     | {"run", "lock", "storage", "config", "signals", "attempt", "node", "stacks", "logs"}
@@ -83,7 +86,7 @@ DOORS = {
     "PIL": {"datasets"},
     "pyarrow": {"datasets"},
 }
-READS_ENVIRONMENT = {"cli", "commands", "notebook", "world", "cluster"}
+READS_ENVIRONMENT = {"cli", "commands", "notebook", "results", "submission", "world", "cluster"}
 
 
 def _part(path: Path) -> str:
@@ -137,7 +140,8 @@ def test_public_names_can_be_imported_and_no_module_has_the_name_of_one() -> Non
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    code = "import sys, toolkit.cli, toolkit.supervisor; sys.exit('torch' in sys.modules)"
+    names = "toolkit.Run, toolkit.launch, toolkit.submit, toolkit.load_job"
+    code = f"import sys, toolkit.cli, toolkit.supervisor; {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
 
 

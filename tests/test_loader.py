@@ -18,7 +18,8 @@ from toolkit.datasets.digits import Digits
 from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
-from toolkit.datasets.transforms import Crop, Flip, Normalise
+from toolkit.datasets.synthetic import Synthetic
+from toolkit.datasets.transforms import Crop, Flip, Mixup, Normalise
 from toolkit.datasets.workers import refuse_small_memory
 from toolkit.errors import JobError, RunError
 from toolkit.randomness import seed_everything
@@ -91,6 +92,11 @@ class Broken(Items):
         if index == 17:
             raise OSError("the disk is gone")
         return super().__getitem__(index)
+
+
+class Classes(Items):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(2), torch.tensor([index, index])
 
 
 class Ragged(Items):
@@ -184,6 +190,105 @@ def test_augmentation_of_a_sample_is_the_same_however_the_work_is_divided(
     transforms = [Crop(1), Flip(), Normalise(0.5, 2.0)]
     expected = inputs_of(dataset, 1, None, 0, transforms=transforms)
     assert inputs_of(dataset, world_size, micro_batch_size, workers, transforms=transforms) == expected
+
+
+class Reals(Items):
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((2,), float(index)), float(index)
+
+
+def mixed(
+    dataset: Any, transforms: Any, world_size: int, micro_batch_size: int | None, workers: int, start: int = 0
+) -> list[Tensor]:
+    """Inputs and each part of the targets of steps `start` to 4, read by all ranks, in the order of the stream."""
+    shares = [
+        training(dataset, world_size, rank, micro_batch_size=micro_batch_size, transforms=transforms)
+        for rank in range(world_size)
+    ]
+    steps = zip(*(batches(share, start, 4, workers, CPU) for share in shares), strict=True)
+    parts = [part for step in steps for of_rank in step for part in of_rank]
+    targets = [part.target if isinstance(part.target, tuple) else (part.target,) for part in parts]
+    rows = [(part.input, *target) for part, target in zip(parts, targets, strict=True)]
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size", "workers"), DIVISIONS)
+@pytest.mark.parametrize(
+    ("dataset", "transforms"),
+    [
+        (Subset(Digits(), range(45)), [Crop(1), Mixup(0.4), Normalise(0.5, 2.0)]),
+        (held_out(Subset(Digits(), range(45)), 0.1, seed=3)[0], [Mixup(), Flip()]),
+        (Reals(), [Mixup(0.5), Mixup(2.0)]),
+    ],
+    ids=["whole", "split", "twice"],
+)
+def test_what_is_mixed_with_what_is_the_same_however_the_work_is_divided(
+    dataset: Any, transforms: Any, world_size: int, micro_batch_size: int | None, workers: int
+) -> None:
+    expected = mixed(dataset, transforms, 1, None, 0)
+    found = mixed(dataset, transforms, world_size, micro_batch_size, workers)
+    resumed = mixed(dataset, transforms, world_size, micro_batch_size, workers, start=2)
+    for whole, one, other in zip(expected, found, resumed, strict=True):
+        assert torch.equal(one, whole)
+        assert torch.equal(other, whole[64:])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_sample_is_mixed_with_the_next_of_its_global_batch_and_the_last_with_the_first(world_size: int) -> None:
+    inputs, targets, others, shares = mixed(Items(), [Mixup(0.5)], world_size, 5, 0)
+    for start in range(0, 4 * 32, 32):
+        batch = slice(start, start + 32)
+        assert torch.equal(others[batch], targets[batch].roll(-1))
+    expected = shares * targets / 10 + (1 - shares) * others / 10
+    torch.testing.assert_close(inputs, expected[:, None].expand(-1, 2))
+    assert len(set(shares.tolist())) == 4 * 32, "each sample of each epoch draws its own share"
+    reals, mixtures = mixed(Reals(), [Mixup(0.5)], world_size, 5, 0)
+    torch.testing.assert_close(reals[:, 0], mixtures.float())
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5, 1.0, 8.0])
+def test_shares_are_of_the_beta_distribution(alpha: float) -> None:
+    size, generator = 20000, np.random.default_rng(0)
+    _, (_, _, shares) = Mixup(alpha)(torch.zeros(size + 1, 1), torch.zeros(size + 1, dtype=torch.int64),
+                                     lambda number: generator.random(size))  # fmt: skip
+    reference = generator.beta(alpha, alpha, 20 * size)
+    found, expected = (
+        np.array([(values < place).mean() for place in np.linspace(0.01, 0.99, 50)])
+        for values in (shares.numpy(), reference)
+    )
+    assert np.abs(found - expected).max() < 0.014, "Kolmogorov and Smirnov: above 0.0138 one time in a thousand"
+
+
+def test_mixing_is_left_out_of_evaluation() -> None:
+    class Mixing(Mixup):
+        random = False
+
+    (batch,) = EvaluationSteps(Digits(), 50, 0, 1, [Mixup(), Mixing(), Normalise(0.5, 2.0)])[0]
+    assert torch.equal(batch.input, (Digits().inputs[:50] - 0.5) / 2)
+    assert torch.equal(batch.target, Digits().targets[:50])
+
+
+def test_a_mixing_transform_that_keeps_the_sample_too_many_is_refused() -> None:
+    class Lazy(Mixup):
+        def __call__(self, inputs: Tensor, targets: Tensor, draw: Any) -> Any:
+            return inputs, targets
+
+    message = refusal(training(Reals(), transforms=[Lazy()]), 0)
+    assert message.startswith("transform Lazy fails on inputs of shape (33, 2): ")
+    assert message.endswith("of 32 samples and one more it makes 33")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        (Synthetic("tokens"), "mixup needs inputs of real numbers, and these are torch.int64"),
+        (Classes(), "mixup needs one class a sample or targets of real numbers"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused_in_words(dataset: Any, words: str) -> None:
+    message = refusal(training(dataset, transforms=[Mixup()]), 0)
+    assert message.startswith("transform Mixup fails on inputs of shape (33, ")
+    assert words in message
 
 
 def test_augmentation_differs_between_epochs_and_between_transforms_of_one_kind() -> None:
@@ -304,7 +409,9 @@ def test_normalise_takes_one_value_a_channel_or_one_for_all(shape: tuple[int, ..
     torch.testing.assert_close(Normalise(0.5, 0.25)(inputs, drawn()), (inputs - 0.5) * 4)
 
 
-@pytest.mark.parametrize("wrong", [lambda: Crop(0), lambda: Normalise(0.0, 0.0), lambda: Normalise([0, 0], [1, -1])])
+@pytest.mark.parametrize(
+    "wrong", [lambda: Crop(0), lambda: Mixup(0.0), lambda: Normalise(0.0, 0.0), lambda: Normalise([0, 0], [1, -1])]
+)
 def test_a_transform_that_could_not_work_is_refused(wrong: Any) -> None:
     with pytest.raises(JobError, match="at least 1|above 0"):
         wrong()

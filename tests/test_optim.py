@@ -51,6 +51,11 @@ def scaled(model: nn.Module, lr_scale: dict[str, float], **args: Any) -> Any:
     return build_optimizer(model, Component(name="adamw", args={"lr": 0.1} | args), CPU, lr_scale)
 
 
+def broken(step: int, total_steps: int) -> float:
+    """A user's own, with a mistake."""
+    return total_steps / step
+
+
 def optimizer_of(name: str, model: nn.Module, **args: Any) -> Any:
     return build_optimizer(model, Component(name=name, args=args), CPU)
 
@@ -254,6 +259,18 @@ def test_a_wrong_optimizer_is_refused_in_words(name: str, args: dict[str, Any], 
         ("cosine", {"warmup_steps": WARM}, {0: 1 / 11, 9: 10 / 11, 10: 1, 35: 0.853553, 60: 0.5, 85: 0.146447, 110: 0}),
         ("cosine", {"warmup_steps": WARM, "final": 0.2}, {10: 1, 60: 0.6, 110: 0.2}),
         ("cosine", {"warmup_steps": TOTAL}, {0: 1 / 111, 109: 110 / 111}),
+        ("cosine_restarts", {"period_steps": 40}, {0: 1, 20: 0.5, 39: 0.001541, 40: 1, 60: 0.5, 80: 1}),
+        ("cosine_restarts", {"period_steps": 10, "growth": 2}, {0: 1, 5: 0.5, 10: 1, 20: 0.5, 30: 1, 50: 0.5, 70: 1}),
+        (
+            "cosine_restarts",
+            {"period_steps": 20, "warmup_steps": WARM, "final": 0.2},
+            {0: 1 / 11, 10: 1, 20: 0.6, 30: 1},
+        ),
+        ("one_cycle", {}, {0: 0.04, 16: 0.52, 32: 1, 109: 4e-6}),
+        ("one_cycle", {"rise": 0.1, "initial": 0.5, "final": 0.1}, {0: 0.5, 5: 0.75, 10: 1, 109: 0.1}),
+        ("wsd", {}, {0: 1, 88: 1, 99: 1 - 0.5**0.5, 110: 0}),
+        ("wsd", {"warmup_steps": WARM, "shape": "linear"}, {0: 1 / 11, 9: 10 / 11, 10: 1, 88: 1, 99: 0.5, 110: 0}),
+        ("wsd", {"decay": 0.5, "final": 0.2}, {0: 1, 55: 1, 82.5: 0.2 + 0.8 * (1 - 0.5**0.5), 110: 0.2}),
         (f"{__name__}:falling", {"power": 2}, {0: 1, 55: 0.25, 110: 0}),
     ],
 )
@@ -262,7 +279,69 @@ def test_a_schedule_has_these_values(name: str, args: dict[str, Any], at: dict[i
     assert {step: schedule(step) for step in at} == pytest.approx(at, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def rates(scheduler: Any) -> list[float]:
+    """The factors that a scheduler of torch gives a learning rate of 1."""
+    found = []
+    for _ in range(TOTAL):
+        found.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"pct_start": 0.11, "div_factor": 3.0, "final_div_factor": 50.0}])
+def test_one_cycle_is_that_of_torch(options: dict[str, float]) -> None:
+    settings = {"pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4} | options
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))]), 1.0, TOTAL, cycle_momentum=False, **options
+    )
+    initial = 1 / settings["div_factor"]
+    schedule = schedule_of(
+        "one_cycle", rise=settings["pct_start"], initial=initial, final=initial / settings["final_div_factor"]
+    )
+    assert [schedule(step) for step in range(TOTAL)] == pytest.approx(rates(theirs), abs=1e-12)
+
+
+@pytest.mark.parametrize(("period", "growth"), [(7, 1), (7, 2), (3, 3), (TOTAL, 1)])
+def test_cosine_restarts_are_those_of_torch(period: int, growth: int) -> None:
+    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), T_0=period, T_mult=growth, eta_min=0.125
+    )
+    schedule = schedule_of("cosine_restarts", period_steps=period, growth=growth, final=0.125)
+    assert [schedule(step) for step in range(TOTAL)] == pytest.approx(rates(theirs), abs=1e-12)
+
+
+def test_until_its_decay_wsd_knows_nothing_of_the_length_of_the_run() -> None:
+    short, long = (build_schedule(Component(name="wsd", args={"warmup_steps": WARM}), n) for n in (TOTAL, 10 * TOTAL))
+    assert [short(step) for step in range(88)] == [long(step) for step in range(88)]
+    assert long(879) == 1 > long(881)
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ["one_cycle", "wsd", "linear", "cosine"])
+def test_the_shortest_runs_have_factors_too(name: str, total_steps: int) -> None:
+    schedule = build_schedule(Component(name=name), total_steps)
+    assert all(0 <= schedule(step) <= 1 for step in range(total_steps))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        ("one_cycle", {"rise": 1.0}, "'one_cycle': rise is 1.0"),
+        ("wsd", {"decay": 0.0}, "'wsd': decay is 0.0"),
+        ("wsd", {"shape": "cosine"}, "argument 'shape' is 'cosine'; it must be 'sqrt' or 'linear'"),
+        ("cosine_restarts", {"period_steps": 0}, "period_steps is 0"),
+        ("cosine_restarts", {}, "argument 'period_steps' is missing"),
+        (f"{__name__}:falling", {"power": "2"}, "argument 'power' is '2'"),
+        (f"{__name__}:broken", {}, "at step 0 raised ZeroDivisionError"),
+    ],
+)
+def test_a_schedule_that_could_not_work_is_refused(name: str, args: dict[str, Any], words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        schedule_of(name, **args)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
 def test_the_warm_up_rises_at_every_step_and_the_rest_never_does(name: str) -> None:
     factors = [schedule_of(name, warmup_steps=WARM)(step) for step in range(TOTAL)]
     assert all(before < after for before, after in pairwise(factors[: WARM + 1]))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +16,21 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line[2:] for kind, text in BLOCKS if kind == "console" for line in text.splitlines() if line.startswith("$ ")
 ]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+PLAIN = [text for text in PYTHON if "from toolkit import" in text]  # loops of somebody's own
 TARGETS = [command.removeprefix("make ") for command in COMMANDS if command.startswith("make ")]
 
 
 def test_the_commands_work_as_typed(workplace: Workplace) -> None:
-    mine, plain = [text for kind, text in BLOCKS if kind == "python"]
+    (mine,) = [text for text in PYTHON if text not in PLAIN]
     (waves,) = [text for kind, text in BLOCKS if kind == "yaml" and "mine:" in text]
     workplace.write("mine.py", mine)
     workplace.write("waves.yaml", waves)
-    workplace.write("plain.py", plain)
     elsewhere = {"make test", "make tour"}  # the one runs this, the other is run in tests/dist/test_tour.py
     typed = [_trained_here(command) for command in COMMANDS if command not in elsewhere]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     said = ""
-    for words in [*typed, [sys.executable, "plain.py"]]:
+    for words in typed:
         done = subprocess.run(
             words, cwd=workplace.folder, env=environment, capture_output=True, text=True, timeout=120, check=False
         )
@@ -37,6 +39,37 @@ def test_the_commands_work_as_typed(workplace: Workplace) -> None:
     promised = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines() if line[0] not in "$."]
     for line in promised:
         assert re.search(_pattern(line), said), f"the README promises {line!r}"
+
+
+@pytest.mark.parametrize("part", ["ElasticDistributedSampler", "Checkpointer"])
+def test_a_part_serves_a_plain_loop_in_at_most_15_lines(workplace: Workplace, part: str) -> None:
+    (plain,) = [text for text in PLAIN if f"import {part}\n" in text]
+    assert len([line for line in plain.splitlines() if line.strip()]) <= 15
+    assert _run_here(workplace, plain).returncode == 0
+
+
+def test_the_loop_that_saves_goes_on_after_a_kill(workplace: Workplace) -> None:
+    (plain,) = [text for text in PLAIN if "import Checkpointer\n" in text]
+    telling = plain.replace("    state.step += 1\n", "    state.step += 1\n    print(state.step, flush=True)\n")
+    killed = "    if state.step == 70: checkpointer.wait(); __import__('os').kill(0, 9)\n"
+    before = _run_here(workplace, telling.replace("    if state.step %", f"{killed}    if state.step %"))
+    after = _run_here(workplace, telling)
+    assert (before.returncode, after.returncode) == (-signal.SIGKILL, 0)
+    assert [list(map(int, done.stdout.split())) for done in (before, after)] == [[*range(1, 71)], [*range(61, 101)]]
+
+
+def _run_here(workplace: Workplace, code: str) -> "subprocess.CompletedProcess[str]":
+    """The end of a program of somebody's own, which is all there is to its process group."""
+    return subprocess.run(
+        [sys.executable, workplace.write("plain.py", code)],
+        cwd=workplace.folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        start_new_session=True,
+    )
 
 
 def _trained_here(command: str) -> list[str]:

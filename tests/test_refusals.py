@@ -180,6 +180,7 @@ def test_another_job_in_the_directory_of_a_run_is_refused(mine: Workplace) -> No
     ("overrides", "parts"),
     [
         (["train.precision=fp16"], ["fp16 does not go with strategy fsdp", "use precision bf16, or strategy ddp"]),
+        (["train.channels_last=true"], ["channels_last does not go with strategy fsdp", "leave one of them out"]),
         (["train.grad_compression=bf16"], ["grad_compression is ddp's, and strategy is fsdp", "leave one of them out"]),
         (
             ["train.micro_batch_size=1", "--processes=3"],
@@ -354,6 +355,8 @@ def test_a_bad_sample_in_the_first_batch_is_named_before_anything_is_written(
         ("Raising", ["data.workers=2"], ["cannot be read: OSError: bad sector; mend or remove it"]),
         ("Raising", ["--processes", "2"], ["rank ", "cannot be read: OSError: bad sector; mend or remove it"]),
         ("WrongClass", ["--processes", "2"], ["rank ", "class index 7 is outside 0..2"]),
+        ("WrongClass", ["data.transforms=[mixup]"], ["class index 7 is outside 0..2"]),
+        ("NotFinite", ["data.transforms=[mixup]"], ["its input has a nan or infinite value; mend or remove it"]),
     ],
 )
 def test_a_bad_sample_met_later_ends_the_run_by_its_number(

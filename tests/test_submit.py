@@ -40,12 +40,13 @@ class Login:
         self.folder, self.tools, self.given = folder, tools, given
 
     def submit(self, *overrides: str, shown: bool = False, screen: Callable[[Job], None] = lambda job: None,
-               **more: Any) -> int:  # fmt: skip
+               **more: Any) -> list[str]:  # fmt: skip
         asked = {
             "job": "digits.yaml", "overrides": overrides, "cluster": "", "executor": "slurm", "nodes": "1", "asked": {},
             "image": "", "sweeps": [], "most_at_once": None, "takes_snapshot": True,
         }  # fmt: skip
-        return submitted(Request(**asked | more), os.environ, screen, shown, waits=False)
+        runs = submitted(Request(**asked | more), os.environ, screen, shown, waits=False)
+        return [os.path.relpath(run.url, self.folder) for run in runs]
 
     def files(self) -> dict[str, bytes]:
         """Everything in the folder, but for git's own."""
@@ -81,12 +82,12 @@ def test_a_dry_run_writes_nothing_needs_no_slurm_and_shows_what_is_really_submit
     sbatch = (login.tools / "sbatch").read_text()
     (login.tools / "sbatch").unlink()
     before = login.files()
-    assert login.submit(shown=True, nodes="1:2") == 0
+    assert login.submit(shown=True, nodes="1:2") == ["runs/digits"]
     assert login.files() == before
     shown = capsys.readouterr().out
     (login.tools / "sbatch").write_text(sbatch)
     (login.tools / "sbatch").chmod(0o755)
-    assert login.submit(nodes="1:2") == 0
+    assert login.submit(nodes="1:2") == ["runs/digits"]
     assert STAMP.sub("STAMP", login.script()) in STAMP.sub("STAMP", shown)
     assert "srun --overlap --kill-on-bad-exit=1" in shown
     assert "-m toolkit supervise" in shown
@@ -152,8 +153,8 @@ def test_a_complete_run_is_not_queued(login: Login, capsys: pytest.CaptureFixtur
     (login.folder / "runs/digits/provenance.json").write_text(
         json.dumps({"job": load_job("digits.yaml", [f"run.dir='{login.folder}/runs/digits'"]).as_written()})
     )
-    assert login.submit() == 0
-    assert login.submit(shown=True) == 0
+    assert login.submit() == ["runs/digits"]
+    assert login.submit(shown=True) == ["runs/digits"]
     assert "digits: completed\nThis run is complete" in capsys.readouterr().out
     assert not login.given.exists()
 
@@ -208,7 +209,7 @@ def test_components_in_an_image_are_not_looked_for_here(login: Login) -> None:
         raise AssertionError("looked for")
 
     (login.folder / "cluster.yaml").write_text("container: {runtime: apptainer}\n")
-    assert login.submit(image="/images/torch.sif", cluster="cluster.yaml", screen=fail) == 0
+    assert login.submit(image="/images/torch.sif", cluster="cluster.yaml", screen=fail)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from toolkit.errors import JobError
 from toolkit.tasks import Classification, LanguageModeling, Regression
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -26,6 +27,31 @@ def test_classification_loss_is_cross_entropy_of_each_sample() -> None:
     losses = Classification().loss(LOGITS, CLASSES)
     assert losses.shape == (6,)
     torch.testing.assert_close(losses.mean(), F.cross_entropy(LOGITS, CLASSES))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_smoothed_labels_have_a_share_of_every_class_and_metrics_do_not_know(smoothing: float) -> None:
+    task = Classification(smoothing)
+    soft = (1 - smoothing) * F.one_hot(CLASSES, 4) + smoothing / 4
+    torch.testing.assert_close(task.loss(LOGITS, CLASSES), -(soft * LOGITS.log_softmax(1)).sum(1))
+    assert values(task.metrics(LOGITS, CLASSES)) == values(Classification().metrics(LOGITS, CLASSES))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_loss_of_a_mixed_target_is_that_of_its_soft_label(smoothing: float, dtype: torch.dtype) -> None:
+    others, shares = CLASSES.flip(0), torch.linspace(0, 1, 6)
+    soft = shares[:, None] * F.one_hot(CLASSES, 4) + (1 - shares[:, None]) * F.one_hot(others, 4)
+    expected = F.cross_entropy(LOGITS.to(dtype).float(), soft, reduction="none", label_smoothing=smoothing)
+    losses = Classification(smoothing).loss(LOGITS.to(dtype), (CLASSES, others, shares))
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(losses.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, 2.0])
+def test_a_smoothing_that_leaves_nothing_of_the_label_is_refused(smoothing: float) -> None:
+    with pytest.raises(JobError, match=r"label_smoothing is .*; it must be at least 0 and below 1"):
+        Classification(smoothing)
 
 
 def test_classification_metrics_are_sums_over_samples() -> None:

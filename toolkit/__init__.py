@@ -12,11 +12,12 @@ _PUBLIC = {
     "Checkpointer": "toolkit.checkpoint",
     "ElasticDistributedSampler": "toolkit.datasets.sampler",
     "JobError": "toolkit.errors",
-    "Run": "toolkit.run",
+    "Run": "toolkit.results",
     "RunError": "toolkit.errors",
     "Trainer": "toolkit.trainer",
     "launch": "toolkit.notebook",
     "load_job": "toolkit.config",
+    "submit": "toolkit.submission",
     "train": "toolkit.session",
 }
 

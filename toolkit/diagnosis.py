@@ -15,6 +15,7 @@ from torch import Tensor
 from toolkit import oom
 from toolkit.datasets.loader import Batch, EvaluationSteps, Failure, TrainingSteps
 from toolkit.datasets.sampler import ElasticDistributedSampler
+from toolkit.datasets.transforms import mixes
 from toolkit.deaths import OUT_OF_MEMORY, killed
 from toolkit.errors import JobError, RunError
 from toolkit.lost import LostLossError
@@ -61,7 +62,8 @@ def _suspects(
     sampler = ElasticDistributedSampler(
         range(own.size), 1, 0, own.shuffle, own.seed, global_batch_size=own.global_batch_size
     )
-    whole = TrainingSteps(steps.whole_dataset, sampler, transforms=steps.transforms)
+    unmixed = [transform for transform in steps.transforms if not mixes(transform)]  # or two samples would look bad
+    whole = TrainingSteps(steps.whole_dataset, sampler, transforms=unmixed)
     whole.skip(own.skipped)
     for step in error.steps if isinstance(error, LostLossError) else range(now, now + 1):
         yield steps.dataset, whole[step]

@@ -41,6 +41,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def current() -> Ranks:
+    """The place in the process group that there is already, or a world of one. Which GPU is whose, it does not know."""
+    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+
+
 def ranks_from(environment: Mapping[str, str]) -> Ranks:
     """The place that torchrun's variables describe; without any of them, a world of one.
 

@@ -10,14 +10,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from toolkit.config import Job, load_job
-from toolkit.config.text import dump
+from toolkit.config import Job, job_file, load_job
 from toolkit.errors import JobError, RunError
-from toolkit.run import Run
+from toolkit.results import Run
 
 # If the notebook goes, its training is stopped as by SIGTERM: with everything saved.
 _COMMAND = """
@@ -38,7 +36,7 @@ def launch(job: str | os.PathLike[str] | Job, *overrides: str, processes: int | 
     printed. An interrupt stops the run with everything saved, a second one leaves at once. The run's `status()` tells
     `completed` from `preempted`. Raises JobError if the job is wrong, with nothing written, RunError if the run fails.
     """
-    with _job_file(job) as path:
+    with job_file(job) as path:
         run = Run(load_job(path, overrides, os.environ).run.dir)
         count = [] if processes is None else ["--processes", str(processes)]
         environment = {name: value for name, value in os.environ.items() if name not in _RANK}
@@ -52,18 +50,6 @@ def launch(job: str | os.PathLike[str] | Job, *overrides: str, processes: int | 
     if message:
         print(message, file=sys.stderr)
     return run
-
-
-@contextmanager
-def _job_file(job: str | os.PathLike[str] | Job) -> Iterator[str]:
-    """The path of a job's file; of a new one, for now, if it has none."""
-    if not isinstance(job, Job):
-        yield os.fspath(job)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "job.yaml")
-        path.write_text(dump(job.as_written()))
-        yield str(path)
 
 
 def _shown(command: list[str], environment: dict[str, str], folder: Path) -> tuple[int, str]:

@@ -9,8 +9,8 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import cos, pi
-from typing import Any
+from math import cos, pi, sqrt
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ OPTIMIZERS = {
 SCHEDULES = {
     "constant": "toolkit.optim:constant",
     "cosine": "toolkit.optim:cosine",
+    "cosine_restarts": "toolkit.optim:cosine_restarts",
     "linear": "toolkit.optim:linear",
+    "one_cycle": "toolkit.optim:one_cycle",
+    "wsd": "toolkit.optim:wsd",
 }
 
 
@@ -146,9 +149,15 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def build_schedule(component: Any, total_steps: int) -> Callable[[int], float]:
-    """Step -> factor of the learning rate."""
+    """Step -> factor of the learning rate. Raises JobError for one that has no factor for the first step."""
     schedule = components.find("schedule", component.name, SCHEDULES)
     args = components.checked_args("schedule", component, schedule, positional=2)
+    try:
+        schedule(0, total_steps, **args)
+    except JobError as error:
+        raise JobError(f"schedule {component.name!r}: {error}") from error
+    except Exception as error:
+        raise JobError(f"schedule {component.name!r} at step 0 raised {type(error).__name__}: {error}") from error
     return partial(schedule, total_steps=total_steps, **args)
 
 
@@ -166,9 +175,62 @@ def cosine(step: int, total_steps: int, warmup_steps: int = 0, final: float = 0.
     """Half a cosine from 1 down to `final` (Loshchilov and Hutter, arXiv:1608.03983), after a linear rise over
     `warmup_steps`.
     """
-    return _warmed(
-        step, warmup_steps, final + (1 - final) * (1 + cos(pi * _progress(step, total_steps, warmup_steps))) / 2
-    )
+    return _warmed(step, warmup_steps, _half_cosine(1, final, _progress(step, total_steps, warmup_steps)))
+
+
+def cosine_restarts(
+    step: int, total_steps: int, period_steps: int, growth: int = 1, warmup_steps: int = 0, final: float = 0.0
+) -> float:
+    """SGDR: half a cosine from 1 down to `final`, again and again, after a linear rise over `warmup_steps`.
+
+    The first takes `period_steps`, each other `growth` times as many as the one before (Loshchilov and Hutter,
+    arXiv:1608.03983, T_0 and T_mult). A run of period_steps * (growth^n - 1) / (growth - 1) steps, or of n periods if
+    growth is 1, ends at the end of one.
+    """
+    if min(period_steps, growth) < 1:
+        raise JobError(f"period_steps is {period_steps} and growth {growth}; both must be at least 1")
+    since, period = max(0, step - warmup_steps), period_steps
+    while growth > 1 and since >= period:
+        since, period = since - period, period * growth
+    return _warmed(step, warmup_steps, _half_cosine(1, final, since % period / period))
+
+
+def one_cycle(step: int, total_steps: int, rise: float = 0.3, initial: float = 0.04, final: float = 4e-6) -> float:
+    """Half a cosine up from `initial` to 1 over the share `rise` of the run, then one down to `final` at its last step.
+
+    One cycle as in Smith and Topin (arXiv:1708.07120) and Smith (arXiv:1803.09820), with the numbers of
+    torch.optim.lr_scheduler.OneCycleLR; the momentum stays as it is.
+    """
+    if not 0 < rise < 1:
+        raise JobError(f"rise is {rise}, a share of the run; it must lie between 0 and 1")
+    top, last = rise * total_steps - 1, total_steps - 1
+    if step <= top:
+        return _half_cosine(initial, 1, step / top if top > 0 else 1)
+    return _half_cosine(1, final, (step - top) / (last - top))
+
+
+def wsd(
+    step: int,
+    total_steps: int,
+    warmup_steps: int = 0,
+    decay: float = 0.2,
+    shape: Literal["sqrt", "linear"] = "sqrt",
+    final: float = 0.0,
+) -> float:
+    """Warm-up, stable, decay: a linear rise over `warmup_steps`, then 1, then down to `final` over the last share
+    `decay` of the run.
+
+    The descent is 1 - sqrt(x), the better one in Hägele et al. (arXiv:2405.18392), or a line. As the factor is 1 until
+    then, a checkpoint from before it can go on to any length of run (MiniCPM, arXiv:2404.06395).
+    """
+    if not 0 < decay <= 1:
+        raise JobError(f"decay is {decay}, a share of the run; it must be above 0 and at most 1")
+    decayed = max(0.0, 1 - (total_steps - step) / (decay * total_steps))
+    return _warmed(step, warmup_steps, final + (1 - final) * (1 - (sqrt(decayed) if shape == "sqrt" else decayed)))
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + cos(pi * progress)) / 2
 
 
 def _warmed(step: int, warmup_steps: int, factor: float) -> float:

@@ -21,8 +21,8 @@ from toolkit.provenance import packages, without_secrets
 # What may differ between two starts of one run. All else makes another run, whatever it is called.
 MAY_CHANGE = {
     "run.dir", "run.name", "data.workers", "train.epochs", "train.max_steps", "train.micro_batch_size", "train.device",
-    "train.compile", "train.on_nan", "train.max_rollbacks", "train.spike_grad_norm", "train.strategy",
-    "train.activation_checkpointing", "eval", "checkpoint", "log", "launch",
+    "train.compile", "train.channels_last", "train.on_nan", "train.max_rollbacks", "train.spike_grad_norm",
+    "train.strategy", "train.activation_checkpointing", "eval", "checkpoint", "log", "launch",
 }  # fmt: skip
 
 

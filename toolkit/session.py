@@ -24,6 +24,7 @@ from toolkit.datasets.transforms import TRANSFORMS
 from toolkit.distributed import ALONE, Ranks
 from toolkit.ending import PLAIN, Result
 from toolkit.errors import JobError, RunError
+from toolkit.layout import placed
 from toolkit.lost import Guard
 from toolkit.models import MODELS
 from toolkit.observers.averaging import Averaging
@@ -54,9 +55,11 @@ class Parts:
 
 
 def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, command: Sequence[str] = ()) -> Result:
-    """Start or resume the run of a job on this rank, to its end or to an agreed stop.
+    """Start or resume the run of a job on this rank, in this very process, to its end or to an agreed stop.
 
-    Raises JobError before anything is written.
+    It goes on from its newest checkpoint, and takes the steps that it would have taken; a run that is complete is left
+    as it is. The result's `state` tells `completed` from `preempted`: then a signal has stopped it, with all saved.
+    Raises JobError before anything is written, RunError if training fails.
     """
     console = console or Console(quiet=True)
     signals = StopSignals().listen()
@@ -99,7 +102,7 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
 def _trainer(
     job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any], sampler: ElasticDistributedSampler
 ) -> Trainer:
-    model = _model(job, ranks, device, shapes)
+    model = model_of(job, ranks, device, shapes)
     total_steps = _total_steps(job, sampler)
     return Trainer(
         model,
@@ -125,8 +128,8 @@ def _total_steps(job: Job, sampler: ElasticDistributedSampler) -> int:
     return int(min(by_epochs, job.train.max_steps or float("inf")))
 
 
-def _model(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any]) -> nn.Module:
-    """The job's model, whole or as this rank's share."""
+def model_of(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any]) -> nn.Module:
+    """The job's model, whole or as this rank's share. `shapes` are what the dataset knows: see `datasets.shapes`."""
 
     def make() -> nn.Module:
         seed_everything(derive(job.run.seed))  # the same weights on every rank, on any machine
@@ -140,7 +143,7 @@ def _model(job: Job, ranks: Ranks, device: torch.device, shapes: dict[str, Any])
         names = (job.train.precision, job.eval.precision or job.train.precision)
         model = sharding.build(make, job.model.name, device, *(distributed.choose_precision(n, device) for n in names))
     else:
-        model = make().to(device)
+        model = placed(make(), device, job.train.channels_last)
     if job.train.activation_checkpointing:
         sharding.recompute(model, job.train.compile)
     if job.train.compile:

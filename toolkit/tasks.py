@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from toolkit.errors import JobError
+
 TASKS = {
     "classification": "toolkit.tasks:Classification",
     "language_modeling": "toolkit.tasks:LanguageModeling",
@@ -27,10 +29,28 @@ Metrics = dict[str, tuple[Tensor, int | Tensor]]
 
 
 class Classification:
-    """Cross-entropy of (B, C) logits against (B,) classes."""
+    """Cross-entropy of (B, C) logits against (B,) classes.
 
-    def loss(self, output: Tensor, target: Tensor) -> Losses:
-        return F.cross_entropy(output, target, ignore_index=_NOTHING, reduction="none")
+    With `label_smoothing` (Szegedy et al., arXiv:1512.00567) that share of the target lies on all classes alike. A
+    target (classes, other classes, shares), as mixup makes them, gives share * loss + (1 - share) * loss of the others.
+    Metrics know of neither: they tell how good the model is.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise JobError(f"label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
+        self.label_smoothing = label_smoothing
+
+    def loss(self, output: Tensor, target: Tensor | tuple[Tensor, Tensor, Tensor]) -> Losses:
+        if isinstance(target, Tensor):
+            return self._losses(output, target)
+        classes, others, shares = target
+        return shares * self._losses(output, classes) + (1 - shares) * self._losses(output, others)
+
+    def _losses(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            output, target, ignore_index=_NOTHING, reduction="none", label_smoothing=self.label_smoothing
+        )
 
     def metrics(self, output: Tensor, target: Tensor) -> Metrics:
         losses = F.cross_entropy(output.float(), target, ignore_index=_NOTHING, reduction="none")

@@ -53,7 +53,13 @@ class Observer(Protocol):
 
 
 class Trainer:
-    """Trains `model`: the gradient is that of the mean loss over the global batch, at any number of ranks."""
+    """Trains `model`: the gradient is that of the mean loss over the global batch, at any number of ranks.
+
+    `task` has the `loss` and `metrics` of toolkit/tasks.py. Learning rates are those that the optimizer comes with,
+    times `schedule(step)`. A step is a list of micro-batches, each with `input`, `target` and `indices`: this rank's
+    share of a global batch. Where there is a process group, the model is wrapped in DDP, unless it is sharded. With its
+    `state` from a checkpoint it goes on as it would have: what is random follows from (seed, step, rank).
+    """
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class Trainer:
         self.report = {}
         factor = self.schedule(self.state.step)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         self.guard.before(self.state.model)
         self.backward(micro_batches)
         if self.clip_grad_norm or self.guard.watches:

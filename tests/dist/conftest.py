@@ -52,8 +52,13 @@ class Stage:
 
     def torchrun(self, processes: int, *words: str) -> str:
         """What plain `torchrun -m toolkit WORDS` says, without a supervisor of ours."""
+        return self.program(processes, "-m", "toolkit", *words)
+
+    def program(self, processes: int, *words: str) -> str:
+        """What a program says on that many ranks of torchrun; on one, by itself."""
+        several = ["-m", *TORCHRUN, "--nproc-per-node", str(processes)] if processes > 1 else []
         done = subprocess.run(
-            [sys.executable, "-m", *TORCHRUN, "--nproc-per-node", str(processes), "-m", "toolkit", *words],
+            [sys.executable, *several, *words],
             cwd=self.folder,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(self.tmp)},
             capture_output=True,

@@ -65,3 +65,27 @@ def test_a_run_of_this_terminal_is_not_submitted_too(stage: Stage) -> None:
     assert f"is already running on host {os.uname().nodename} (pid {process.pid})" in message
     stage.release()
     stage.end(process, 0)
+
+
+@pytest.mark.timeout(120)
+def test_the_function_submits_as_the_command_does_and_returns_the_run(stage: Stage) -> None:
+    stage.place.write(
+        "own.py",
+        "import toolkit\n"
+        "job = toolkit.load_job('digits.yaml', ['train.max_steps=7'])\n"
+        "(run,) = toolkit.submit(job, 'run.dir=runs/x', executor='local', wait=True)\n"
+        "print('RETURNED', run.url.endswith('/runs/x'), run.status()['state'], run.metrics.read()[-1]['step'])\n"
+        "(again,) = toolkit.submit(job, 'run.dir=runs/x', executor='local')\n"
+        "print('AGAIN', again.status()['step'])\n"
+        "try:\n    toolkit.submit('digits.yaml', 'model=mpl', executor='local')\n"
+        "except toolkit.JobError as error:\n    print('REFUSED', error)\n",
+    )
+    done = subprocess.run(
+        [sys.executable, "own.py"], cwd=stage.folder, capture_output=True, text=True, timeout=100, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(stage.tmp)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "RETURNED True completed 7" in done.stdout
+    assert "AGAIN 7" in done.stdout
+    assert "REFUSED model 'mpl' is unknown; did you mean 'mlp'" in done.stdout
+    assert not (stage.folder / "runs/digits").exists()

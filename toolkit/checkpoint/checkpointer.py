@@ -1,7 +1,7 @@
 """Saving beside the loop, and resuming. A checkpoint exists when its manifest does: payload first, manifest last, every
 byte under a checksum (law 3). FORMAT.md says what the files hold.
 
-    checkpointer = Checkpointer(Archive("s3://bucket/run/checkpoints"))
+    checkpointer = Checkpointer("s3://bucket/run/checkpoints")
     checkpointer.resume(state)              # the newest that is whole, or None
     checkpointer.save(state)                # returns once the state is copied; the rest is written beside the loop
     checkpointer.wait()                     # before leaving
@@ -28,7 +28,7 @@ from toolkit.checkpoint.manifest import DamagedError, FileEntry, Manifest, Part,
 from toolkit.checkpoint.plan import shards_of
 from toolkit.checkpoint.state import to_plain, varying
 from toolkit.checkpoint.writer import Snapshot, Snapshots
-from toolkit.distributed import ALONE, Ranks
+from toolkit.distributed import Ranks
 from toolkit.errors import RunError
 
 Action = Callable[[], None]
@@ -39,7 +39,11 @@ def _nothing() -> None:
 
 
 class Checkpointer:
-    """Saves and resumes states: objects with model, optimizer, scaler, step, best and, perhaps, ema.
+    """Saves and resumes states: objects with `model`, `optimizer`, `step` and, perhaps, `scaler`, `ema` and `best`.
+
+    A save is whole or it is none, whatever is killed; what is resumed is bit for bit what was saved, on any number of
+    ranks. The model is the module itself, not DDP's wrapper. `archive` is the URL of a folder, which keeps the newest
+    three, or an Archive with a policy of its own. `ranks` default to the process group's, or to a world of one.
 
     `attempt` is this writer's number among those of the run, so that no file has the name of another's; without one it
     is one more than that of any checkpoint there is. `check_lock` raises RunError once a higher one has taken over.
@@ -48,14 +52,14 @@ class Checkpointer:
 
     def __init__(
         self,
-        archive: Archive,
-        ranks: Ranks = ALONE,
+        archive: Archive | str,
+        ranks: Ranks | None = None,
         attempt: int | None = None,
         global_batch_size: int = 0,
         check_lock: Action = _nothing,
     ) -> None:
-        self.archive = archive
-        self.ranks, self.attempt, self.check_lock = ranks, attempt, check_lock
+        self.archive = Archive(archive) if isinstance(archive, str) else archive
+        self.ranks, self.attempt, self.check_lock = ranks or distributed.current(), attempt, check_lock
         self.global_batch_size = global_batch_size
         self.saves = 0
         self.reasons: list[str] = []  # why saves have failed, all of them
@@ -64,7 +68,7 @@ class Checkpointer:
         self.took_s, self.stalled_s = 0.0, 0.0  # of the last save, and how long of it the loop stood still
         self._scores: dict[int, float | None] | None = None
         self._failed: list[int] = []  # steps of saves that failed
-        self._snapshots = Snapshots(ranks)
+        self._snapshots = Snapshots(self.ranks)
         self._pool = ThreadPoolExecutor(1, "toolkit-save")
         self._running: Future[Any] | None = None
 

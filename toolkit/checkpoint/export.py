@@ -42,6 +42,21 @@ def export(archive: Archive, step: int, url: str, averaged: bool = True) -> int:
     return len(tensors)
 
 
+def load(archive: Archive, step: int, model: nn.Module, averaged: bool = True) -> None:
+    """Give a model the weights of a checkpoint, `averaged` as in `export`.
+
+    Raises RunError if they are not those of this very model.
+    """
+    manifest, own = archive.whole(step), model_tensors(model)
+    there = _weights(manifest, averaged)
+    odd = sorted(there.keys() ^ own.keys())
+    odd += sorted(name for name in there.keys() & own if there[name][1].shape != tuple(own[name].shape))
+    if odd:
+        where = storage.shown(archive.folder(step))
+        raise RunError(f"{where} is of another model: {', '.join(odd)} differ; give it the model that it was saved of")
+    _read_into(own, archive, manifest, {name: source for name, (source, _) in there.items()})
+
+
 @dataclass
 class Fit:
     """What of a checkpoint a model can begin with."""
@@ -62,15 +77,7 @@ class Fit:
 
     def load(self, model: nn.Module) -> None:
         """Put what fits into the model; averaged weights where there are some."""
-        own = model_tensors(model)
-        read = {}
-        for name, source in self.sources.items():
-            dtype = DTYPES[self.manifest.tensors[source].dtype]
-            read[name] = torch.empty_like(own[name], dtype=dtype, requires_grad=False)
-        targets = {self.sources[name]: tensor for name, tensor in read.items()}
-        reader.fill(self.archive.folder(self.manifest.step), self.manifest, targets)
-        for name, tensor in read.items():
-            own[name].copy_(tensor)
+        _read_into(model_tensors(model), self.archive, self.manifest, self.sources)
 
 
 def fit(url: str, model: nn.Module, but: Sequence[str] = ()) -> Fit:
@@ -124,6 +131,17 @@ def _difference(own: Tensor | None, there: tuple[str, TensorEntry] | None) -> st
         return "only there" if own is None else "only here"
     before, now = there[1].shape, tuple(own.shape)
     return f"{before} there, {now} here" if before != now else ""
+
+
+def _read_into(own: Mapping[str, Tensor], archive: Archive, manifest: Manifest, sources: Mapping[str, str]) -> None:
+    """Fill a model's tensors from those of a checkpoint; `sources` are the latter's names by the former's."""
+    read = {
+        name: torch.empty_like(own[name], dtype=DTYPES[manifest.tensors[source].dtype], requires_grad=False)
+        for name, source in sources.items()
+    }
+    reader.fill(archive.folder(manifest.step), manifest, {sources[name]: tensor for name, tensor in read.items()})
+    for name, tensor in read.items():
+        own[name].copy_(tensor)
 
 
 def _weights(manifest: Manifest, averaged: bool) -> dict[str, tuple[str, TensorEntry]]:

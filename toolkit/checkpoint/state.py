@@ -19,7 +19,7 @@ REMEDY = "start the job that wrote it, take its weights with run.init_from, or s
 
 
 def to_plain(state: Any) -> tuple[dict[str, Tensor], Values]:
-    """(tensors by name, plain values) of a state with model, optimizer, scaler, ema, step and best."""
+    """(tensors by name, plain values) of a state with model, optimizer, step and, perhaps, scaler, ema and best."""
     tensors = {f"model/{name}": tensor for name, tensor in model_tensors(state.model).items()}
     tensors |= {f"ema/{name}": tensor for name, tensor in _averages(state).items()}
     plain: dict[str, Any] = {}
@@ -37,8 +37,8 @@ def to_plain(state: Any) -> tuple[dict[str, Tensor], Values]:
                 )
     values = Values(
         step=state.step,
-        best=state.best,
-        scaler=state.scaler.state_dict(),
+        best=getattr(state, "best", None),
+        scaler=_scaling(state),
         trained=sorted(trained),
         optimizer=plain,
         tied=tied(state.model),
@@ -75,7 +75,7 @@ def targets(state: Any, saved: Mapping[str, TensorEntry], values: Values) -> dic
     if before != now:
         wrong.append(f"trained then but not now: {sorted(before - now) or 'none'}")
         wrong.append(f"trained now but not then: {sorted(now - before) or 'none'}")
-    if values.scaler.keys() != (scaler := state.scaler.state_dict()).keys():
+    if values.scaler.keys() != (scaler := _scaling(state)).keys():
         wrong.append(f"loss scaling then {sorted(values.scaler)}, now {sorted(scaler)}")
     if wrong:
         raise RunError("the checkpoint does not fit the job:\n  " + "\n  ".join(wrong) + f"\n{REMEDY}")
@@ -92,7 +92,8 @@ def restore(state: Any, tensors: Mapping[str, Tensor], values: Values) -> None:
     for path, value in (remembered | values.optimizer).items():
         name, _, key = path.rpartition("/")
         state.optimizer.state[trained[name]][key] = value
-    state.scaler.load_state_dict(dict(values.scaler))
+    if values.scaler:
+        state.scaler.load_state_dict(dict(values.scaler))
     state.step, state.best, state.skipped = values.step, values.best, list(values.skipped)
 
 
@@ -120,6 +121,12 @@ def _trained(state: Any) -> dict[str, nn.Parameter]:
     """The parameters that the optimizer changes, by name."""
     changed = {parameter for group in state.optimizer.param_groups for parameter in group["params"]}
     return {name: parameter for name, parameter in state.model.named_parameters() if parameter in changed}
+
+
+def _scaling(state: Any) -> dict[str, Any]:
+    """What the loss scaler remembers; nothing if there is none, or it is off."""
+    scaler = getattr(state, "scaler", None)
+    return scaler.state_dict() if scaler else {}
 
 
 def _averages(state: Any) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from toolkit.config.text import dump
 from toolkit.errors import JobError, RunError
 from toolkit.run import Run
 
+EXECUTORS = ("slurm", "local")
+
 
 @dataclass(frozen=True)
 class Request:
-    """The command line of `toolkit submit`; `asked` are keys of the profile, of which the empty ones say nothing."""
+    """What is to be submitted, and how; `asked` are keys of the profile, of which the empty ones say nothing."""
 
     job: str
     overrides: Sequence[str]
@@ -39,18 +41,20 @@ class Request:
 
 def submitted(
     request: Request, environment: Mapping[str, str], screen: Callable[[Job], None], only_shown: bool, waits: bool
-) -> int:
+) -> list[Run]:
     """Submit, or only show what would be. `screen` raises JobError for a job that names what does not exist.
 
-    Returns the exit status.
+    Returns the runs, also those that have nothing left to do.
     """
-    submission = _submission(request, environment, only_shown)
+    asked = _submission(request, environment)
+    runs = [Run(plan.job.run.dir) for plan in asked.plans]
+    submission = replace(asked, plans=check(asked, only_shown))
     if not request.image:  # which may have what is not installed here
         for plan in submission.plans:
             screen(plan.job)
     if only_shown:
         print(dry_run(submission) if submission.plans else "nothing is left to be done")
-        return 0
+        return runs
     ids = submit(submission) if submission.plans else []
     for plan, job_id in zip(submission.plans, ids, strict=True):
         print(f"{plan.job.run.name}: queued as job {job_id} in {storage.shown(plan.job.run.dir)}")
@@ -60,23 +64,27 @@ def submitted(
             print(f"toolkit status {where.rpartition('/')[0]}")
         else:
             print(f"toolkit status {where}   toolkit logs {where} --follow   toolkit cancel {where}")
-    if waits:
-        return max((_awaited(plan.job.run.dir) for plan in submission.plans), default=0)
-    return 0
+    for plan in submission.plans if waits else ():
+        _await(plan.job.run.dir)
+    return runs
 
 
-def _awaited(run: str) -> int:
-    """Show what a run says, to its end. Returns its exit status; 130 after Ctrl-C, of which the run learns nothing."""
-    if stopped := show(run, rank=0, attempt=None, onwards=True):
-        return stopped
+def _await(run: str) -> None:
+    """Show what a run says, to its end. Raises RunError if it fails, and KeyboardInterrupt after Ctrl-C, of which the
+    run learns nothing.
+    """
+    if show(run, rank=0, attempt=None, onwards=True):
+        raise KeyboardInterrupt
     status = Run(run).status() or {}
     if status.get("state") not in ("completed", "preempted", "cancelled"):
         reason = status.get("reason") or "see toolkit status"
         raise RunError(f"{storage.shown(run)} is {view(run).state}: {reason}")
-    return int(status["exit"])
 
 
-def _submission(request: Request, environment: Mapping[str, str], only_shown: bool) -> Submission:
+def _submission(request: Request, environment: Mapping[str, str]) -> Submission:
+    """As it is asked for, not yet checked against the cluster and the runs there are."""
+    if request.executor not in EXECUTORS:
+        raise JobError(f"executor is {request.executor!r}; it must be {' or '.join(EXECUTORS)}")
     profile = _profile(request.cluster, request.asked)
     nodes = Nodes.parsed(request.nodes)
     jobs = [_absolute(job) for job in _jobs(request, environment)]
@@ -86,7 +94,7 @@ def _submission(request: Request, environment: Mapping[str, str], only_shown: bo
     if request.most_at_once and (request.executor == "local" or not request.sweeps):
         raise JobError("--max-parallel is for a --sweep on Slurm; here it would do nothing: leave it out")
     root = _absolute(load_job(request.job, request.overrides, environment)) if request.sweeps else jobs[0]
-    submission = Submission(
+    return Submission(
         plans,
         request.executor,
         folder_for(root, profile.scratch),
@@ -95,7 +103,6 @@ def _submission(request: Request, environment: Mapping[str, str], only_shown: bo
         request.most_at_once,
         request.takes_snapshot,
     )
-    return Submission(**{**vars(submission), "plans": check(submission, only_shown)})
 
 
 def _jobs(request: Request, environment: Mapping[str, str]) -> list[Job]:

@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 
 from toolkit.commands.options import Debug, JobFile, Overrides, RunUrl
-from toolkit.config import Job
 
 
 class Executor(StrEnum):
@@ -47,19 +46,18 @@ def submit(
     debug: Debug = False,
 ) -> None:
     """Hand a job to Slurm, or to this machine in the background; it survives whatever ends it, and resumes."""
-    from toolkit.cluster.request import Request, submitted
+    from toolkit.submission import submit as submitted
 
-    def screen(config: Job) -> None:
-        from toolkit.screening import screen as screened
-
-        screened(config)
-
-    asked = {"gpus_per_node": gpus_per_node, "partition": partition, "account": account, "qos": qos, "time_min": time}
-    request = Request(
-        job, list(overrides or []), cluster, executor.value, nodes, asked, container, list(sweep or []), max_parallel,
-        snapshot,
-    )  # fmt: skip
-    raise typer.Exit(submitted(request, os.environ, screen, dry_run, wait))
+    try:
+        runs = submitted(
+            job, *(overrides or ()), cluster=cluster, executor=executor.value, nodes=nodes, gpus_per_node=gpus_per_node,
+            partition=partition, account=account, qos=qos, time_min=time, container=container, sweep=sweep or (),
+            max_parallel=max_parallel, snapshot=snapshot, wait=wait, dry_run=dry_run,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if wait:
+        raise typer.Exit(max(int((run.status() or {}).get("exit", 0)) for run in runs))
 
 
 def supervise(

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from toolkit.commands.options import Debug, JobFile, Overrides, RunUrl
 from toolkit.config import Job, load_job
-from toolkit.errors import JobError
 
 
 def evaluate(
@@ -99,15 +98,6 @@ def verify_resume(
 
 def _job_of(run: str) -> Job:
     """The job that a run was made for."""
-    from toolkit import storage
-    from toolkit.config import job_from_text
+    from toolkit.results import Run
 
-    url = storage.join(run, "config.yaml")
-    try:
-        text = storage.read(url).decode()
-    except (FileNotFoundError, NotADirectoryError):
-        where, remedy = storage.shown(run), "give the directory of a run, such as runs/digits_mlp"
-        raise JobError(f"{where} is no run: it has no config.yaml; {remedy}") from None
-    except OSError as error:
-        raise JobError(f"{storage.shown(run)} cannot be read: {error}") from None
-    return job_from_text(text, url, (), os.environ)
+    return Run(run).job()

@@ -1,6 +1,9 @@
 """A job file, overrides and an environment -> a validated `Job`, or one error that lists every problem."""
 
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path as FilePath
 from typing import Any
@@ -10,12 +13,16 @@ from pydantic import ValidationError
 from toolkit.config.problems import report, schema_problems
 from toolkit.config.references import References
 from toolkit.config.schema import Job
-from toolkit.config.text import Path, Problem, parse
+from toolkit.config.text import Path, Problem, dump, parse
 from toolkit.errors import JobError
 
 
 def load_job(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Job:
-    """The validated job of a file and its `KEY=VALUE` overrides. Raises JobError that names all problems at once."""
+    """The validated job of a file and its `KEY=VALUE` overrides.
+
+    `${env:NAME}` is replaced from `environment`. Raises JobError that names all problems at once, each with its line,
+    what is allowed and the nearest key that exists.
+    """
     return job_from_text(_read(path), path, overrides, environment or {})
 
 
@@ -46,6 +53,18 @@ def job_from_text(text: str, path: str, overrides: Sequence[str], environment: M
     if problems:
         raise JobError(report(path, problems, origin))
     return job
+
+
+@contextmanager
+def job_file(job: str | os.PathLike[str] | Job) -> Iterator[str]:
+    """The path of a job's file; of a new one, for now, if it has none."""
+    if not isinstance(job, Job):
+        yield os.fspath(job)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = FilePath(folder, "job.yaml")
+        path.write_text(dump(job.as_written()), encoding="utf-8")
+        yield str(path)
 
 
 def _read(path: str) -> str:

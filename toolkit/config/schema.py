@@ -132,6 +132,9 @@ class Train(Section):
     activation_checkpointing: bool = Field(
         False, description="keep only the inputs of the model's blocks, and compute the rest again in backward"
     )
+    channels_last: bool = Field(
+        False, description="keep images and the weights of convolutions as (N, H, W, C) in memory; cuda and cpu"
+    )
     grad_compression: Literal["bf16"] | None = Field(
         None, description="type in which ddp sends gradients from rank to rank: half the bytes, rounded to 8 bits"
     )
@@ -165,6 +168,11 @@ class Train(Section):
             raise ValueError(
                 "precision fp16 does not go with strategy fsdp: a gradient that overflows is seen by one rank only, "
                 "and the others would not skip the step; use precision bf16, or strategy ddp"
+            )
+        if self.strategy == "fsdp" and self.channels_last:
+            raise ValueError(
+                "channels_last does not go with strategy fsdp, which keeps and sends its shares of a weight in the "
+                "order of its dimensions; leave one of them out"
             )
         if self.strategy == "fsdp" and self.grad_compression:
             raise ValueError(

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import Split
 from toolkit.datasets.stream import Int64s, sample_keys, uniform
+from toolkit.datasets.transforms import mixes
 from toolkit.datasets.workers import by_workers, refuse_small_memory
 from toolkit.errors import RunError
 from toolkit.randomness import derive, seed_everything
@@ -53,6 +54,7 @@ class TrainingSteps(Dataset[Any]):
         self.split = dataset if isinstance(dataset, Split) else None
         self.dataset = self.split.dataset if self.split else dataset
         self.sampler, self.transforms = sampler, transforms
+        self._beyond = sum(mixes(transform) for transform in transforms)  # samples that the last are mixed with
         largest = ceil(sampler.global_batch_size / sampler.num_replicas)  # share of any rank
         size = self.micro_batch_size = micro_batch_size or largest
         starts = [*range(0, sampler.batch_size, size)]
@@ -68,17 +70,20 @@ class TrainingSteps(Dataset[Any]):
 
     def share(self, step: int) -> tuple[Int64s, Int64s]:
         """This rank's (epochs, sample indices) of a step; of a split, the indices in the whole dataset."""
+        epochs, indices = self._share_and_beyond(step)
+        return epochs[: self.sampler.batch_size], indices[: self.sampler.batch_size]
+
+    def _share_and_beyond(self, step: int) -> tuple[Int64s, Int64s]:
         if step not in self._block.steps:
-            block = self.sampler.block(step)
+            block = self.sampler.block(step, self._beyond)
             self._block = block._replace(indices=self.split.original(block.indices)) if self.split else block
         return self._block.share(step)
 
     def __getitem__(self, step: int) -> list[Batch] | Failure:
-        epochs, indices = self.share(step)
+        epochs, indices = self._share_and_beyond(step)
+        wide = [slice(cut.start, cut.stop + self._beyond) for cut in self._cuts]
         try:
-            return [
-                _read(self.dataset, indices[cut], epochs[cut], self.sampler.seed, self.transforms) for cut in self._cuts
-            ]
+            return [_read(self.dataset, indices[cut], epochs[cut], self.sampler.seed, self.transforms) for cut in wide]
         except RunError as error:
             return Failure(str(error))
 
@@ -97,7 +102,7 @@ class EvaluationSteps(Dataset[Any]):
         self.dataset, self.batch_size = dataset, batch_size
         self.first, self.end = rank * size // world_size, (rank + 1) * size // world_size
         self.steps = ceil(ceil(size / world_size) / batch_size)
-        self.transforms = [transform for transform in transforms if not getattr(transform, "random", False)]
+        self.transforms = [one for one in transforms if not (getattr(one, "random", False) or mixes(one))]
 
     def __len__(self) -> int:
         return self.steps
@@ -151,14 +156,23 @@ def _read(dataset: Any, indices: Int64s, epochs: Int64s, seed: int, transforms: 
         inputs, targets = _gathered(dataset, indices, epochs, seed)
     except Exception as error:
         raise RunError(_unreadable(dataset, indices, epochs, seed, error)) from error
-    if transforms:
-        keys = sample_keys(seed, epochs, indices)
-        for salt, transform in enumerate(transforms):
-            try:
-                inputs = transform(inputs, _draw(keys, salt))
-            except Exception as error:
-                raise RunError(_untransformed(transform, inputs, error)) from error
-    return Batch(inputs, targets, indices)
+    keys = sample_keys(seed, epochs, indices) if transforms else indices
+    for salt, transform in enumerate(transforms):
+        keys = keys[:-1] if mixes(transform) else keys
+        try:
+            inputs, targets = _transformed(transform, inputs, targets, _draw(keys, salt), len(keys))
+        except Exception as error:
+            raise RunError(_untransformed(transform, inputs, error)) from error
+    return Batch(inputs, targets, indices[: len(keys)])
+
+
+def _transformed(transform: Any, inputs: Any, targets: Any, draw: Callable[[int], Any], count: int) -> tuple[Any, Any]:
+    if not mixes(transform):
+        return transform(inputs, draw), targets
+    inputs, targets = transform(inputs, targets, draw)
+    if isinstance(inputs, Tensor) and len(inputs) != count:  # else the loss would be that of other samples, unseen
+        raise ValueError(f"of {count} samples and one more it makes {len(inputs)}")
+    return inputs, targets
 
 
 def _draw(keys: Any, salt: int) -> Callable[[int], Any]:

@@ -87,15 +87,18 @@ class ElasticDistributedSampler(DistributedSampler[int]):
         """Which batch of the stream a step takes: positions [n*B, (n+1)*B). It is the step's own if none is skipped."""
         return int(batch_numbers(np.array([step]), self.skipped)[0])
 
-    def block(self, step: int) -> Block:
-        """This rank's shares of `step` and of some steps after it, computed together."""
+    def block(self, step: int, beyond: int = 0) -> Block:
+        """This rank's shares of `step` and of some steps after it, computed together.
+
+        Each ends with the `beyond` samples that follow it in its global batch, after whose last comes its first.
+        """
         steps = range(step, step + max(1, _BLOCK // self.batch_size))
         numbers = batch_numbers(np.arange(steps.start, steps.stop, dtype=np.int64), self.skipped)
-        starts = numbers * self.global_batch_size + self.first
-        positions = (starts[:, None] + np.arange(self.batch_size)).ravel()
+        places = (self.first + np.arange(self.batch_size + beyond)) % self.global_batch_size
+        positions = (numbers[:, None] * self.global_batch_size + places).ravel()
         epochs, within = np.divmod(positions, self.size)
         indices = order(self.size, self.seed, epochs, within) if self.shuffle else within
-        return Block(steps, self.batch_size, epochs, indices)
+        return Block(steps, len(places), epochs, indices)
 
     def first_step(self, epoch: int) -> int:
         """The first step whose batch starts in this epoch or later."""
