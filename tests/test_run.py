@@ -333,6 +333,14 @@ def test_what_may_differ_between_two_starts_is_no_change(key: str) -> None:
     assert digest(JOB, RESOLVED) == digest(new, RESOLVED)
 
 
+@pytest.mark.parametrize("nothing", [None, False, {}, []])
+def test_a_run_that_is_older_than_a_key_goes_on_where_the_key_says_nothing(nothing: Any) -> None:
+    new = JOB | {"train": JOB["train"] | {"key_of_tomorrow": nothing}}
+    assert changed(JOB, new) == []
+    assert digest(JOB, RESOLVED) == digest(new, RESOLVED)
+    assert changed(JOB, JOB | {"train": JOB["train"] | {"key_of_tomorrow": 0}}) == ["train.key_of_tomorrow: None -> 0"]
+
+
 def test_what_may_change_is_a_part_of_the_job_file() -> None:
     fields = Job.model_fields
     for key in MAY_CHANGE:

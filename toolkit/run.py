@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -241,7 +241,7 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
     lines: list[str] = []
     for key in sorted({*old, *new}):
         at, before, after = prefix + key, old.get(key), new.get(key)
-        if at in MAY_CHANGE or before == after:
+        if at in MAY_CHANGE or before == after or (_says_nothing(at, before) and _says_nothing(at, after)):
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             lines += changed(before, after, f"{at}.")
@@ -252,16 +252,21 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
 
 def digest(job: Mapping[str, Any], resolved: Mapping[str, Any]) -> str:
     """Equal for two jobs exactly if one may resume the other."""
-    fixed = json.dumps([_without(job, MAY_CHANGE), dict(resolved)], sort_keys=True)
+    fixed = json.dumps([_fixed(job), dict(resolved)], sort_keys=True)
     return hashlib.sha256(fixed.encode()).hexdigest()[:32]
 
 
-def _without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> dict[str, Any]:
+def _fixed(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
-        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        key: _fixed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in tree.items()
-        if prefix + key not in keys
+        if prefix + key not in MAY_CHANGE and not _says_nothing(prefix + key, value)
     }
+
+
+def _says_nothing(at: str, value: Any) -> bool:
+    """Whether a key could as well be left out, as in a run older than it. Defaults of `args` are a component's."""
+    return "args" not in at.split(".") and (value is None or value is False or value in ({}, []))
 
 
 def _now() -> str:
