@@ -45,12 +45,13 @@ test-slurm: setup ## inflict every fault on jobs in a real Slurm of four nodes, 
 	@$(SUDO) $(BIN)/pytest tests/slurm -m ""
 
 test-docker: setup ## build the image and run it in every way; starts an engine, as root, where none runs; minutes
-	@$(BIN)/pytest tests/docker -m ""
+	@$(SUDO) $(BIN)/pytest tests/docker -m ""
 
 docker-build: ## build the image $(IMAGE); more options of docker build: BUILD='--build-arg EXTRAS=s3,gcs'
 	@docker/build $(BUILD)
 
 docker-train: ## train in a container, on its GPUS=auto|all|none, as you, in this folder: JOB=jobs/digits_mlp.yaml
+	@$(DOCKER) info >/dev/null
 	@$(DOCKER) image inspect $(IMAGE) >/dev/null 2>&1 || { echo "there is no image $(IMAGE); build it: make docker-build"; exit 2; }
 	@docker/run $(RUN) $(IMAGE) train $(JOB)
 

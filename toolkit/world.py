@@ -26,6 +26,8 @@ def meet() -> dict[str, Any]:
     """
     mine = describe()
     code = source_code(os.environ.get("TOOLKIT_CODE") or os.getcwd())
+    if not code and (commit := os.environ.get("TOOLKIT_GIT_COMMIT")):  # docker/run says it: an image has no git to ask
+        code = {"git_commit": commit}
     told = {key: mine[key] for key in ("host", "image", "torch", "cuda", "threads")} | {
         "image commit": mine["image_commit"],
         "toolkit": toolkit.__version__,

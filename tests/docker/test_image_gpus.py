@@ -58,7 +58,9 @@ def test_gpus_that_docker_cannot_hand_over_are_explained(docker: Docker, image: 
 @pytest.fixture
 def nvidia(docker: Docker) -> Iterator[None]:
     """The engine with a hook as NVIDIA's container toolkit installs it."""
-    assert docker.is_ours, "only an engine of the tests' own can be given a stub of NVIDIA's hook"
+    if not docker.is_ours:
+        missing = "only an engine of the tests' own can be given a stub of NVIDIA's hook"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(missing)
     hook = Path(BASE_FOLDER) / "bin/nvidia-container-runtime-hook"
     hook.parent.mkdir(exist_ok=True)
     hook.write_text(HOOK)
@@ -90,9 +92,9 @@ def test_gpus_arrive_as_asked_for(nvidia: None, docker: Docker, image: str, plac
     assert len((Path(BASE_FOLDER) / "bin/called").read_text().splitlines()) == 4
 
 
-def test_a_driver_that_is_too_old_is_said(docker: Docker, image: str, gpu: tuple[str, ...]) -> None:
-    for cuda, says in (("13.0", True), ("12.8", False), ("12.1", False)):
-        said = docker("run", "--rm", *gpu, "--env", f"TOOLKIT_CUDA={cuda}", image, *TRAIN)
+def test_a_driver_that_is_too_old_is_said(docker: Docker, image: str, devel: str, gpu: tuple[str, ...]) -> None:
+    for name, cuda, says in ((image, "13.0", True), (devel, "13.0", True), (image, "12.8", False)):
+        said = docker("run", "--rm", *gpu, "--env", f"TOOLKIT_CUDA={cuda}", name, *TRAIN)
         words = f"the machine's driver is too old: it is for CUDA 12.4, and the image's torch for CUDA {cuda}"
         assert (words in said) == says
         assert "too old" not in said or says

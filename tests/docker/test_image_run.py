@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ ALONE = (
 )
 SLOW = ("schedule.args.pause_s=0.05", "train.max_steps=200", "checkpoint.every_steps=20")
 STEPS = 200
+README = (ROOT / "docker/README.md").read_text()
 
 
 @contextlib.contextmanager
@@ -220,14 +222,47 @@ def test_a_folder_made_of_it_runs_under_charliecloud(
     """As docker/README.md makes one: what Slurm's nodes are given where there is neither pyxis nor Apptainer."""
     charliecloud.install()
     folder = tmp_path / "toolkit.img"
-    folder.mkdir()
-    script = "docker export \"$(docker create toolkit)\" | tar --extract --directory toolkit.img --exclude 'dev/*'"
-    assert script in (ROOT / "docker/README.md").read_text()
-    script = script.replace("docker ", f"{docker.program} ").replace("create toolkit", f"create {image}")
-    docker.said("bash", "-c", script, cwd=tmp_path)
+    (script,) = re.findall(r"# Charliecloud: a folder\n(.*?)toolkit submit", README, re.DOTALL)
+    script = script.replace("docker ", f"{docker.program} ").replace("export toolkit\n", f"export {image}\n")
+    docker.said("bash", "-euo", "pipefail", "-c", script, cwd=tmp_path)
     bind = ("--bind", f"{place.folder}:/workspace/runs", "--cd", "/workspace/runs")
     words = ("env", "USER=tester", "ch-run", *bind, folder, "--", "/opt/venv/bin/toolkit", "train", "held.yaml")
     said = docker.said(*words, cwd=place.folder)
     assert "completed at step 40" in said
     assert place.status("runs/held")["state"] == "completed"
-    docker("container", "prune", "--force")
+
+
+def test_a_signal_to_docker_run_stops_the_run_with_all_saved(docker: Docker, image: str, place: Workplace) -> None:
+    words = [ROOT / "docker/run", image, "train", "held.yaml", *SLOW]
+    with subprocess.Popen(words, cwd=place.folder, env=os.environ | docker.environment) as process:
+        try:
+            until(lambda: has_saved(place.folder / "runs/held", 20), "checkpoint")
+        finally:
+            process.terminate()
+        assert process.wait(90) == 75
+    assert place.status("runs/held")["state"] == "preempted"
+
+
+def test_scripts_find_what_lies_beside_them_and_runs_know_the_commit(
+    docker: Docker, image: str, place: Workplace
+) -> None:
+    place.write("script.py", "import held\nprint(held.schedule(0, 1))\n")
+    assert docker.said(ROOT / "docker/run", image, "python", "script.py", cwd=place.folder).endswith("1.0\n")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in ((*git, "init", "-q"), (*git, "add", "held.py"), (*git, "commit", "-qm", "x")):
+        docker.said(*words, cwd=place.folder)
+    docker.said(ROOT / "docker/run", image, "train", "held.yaml", "train.max_steps=2", cwd=place.folder)
+    provenance = json.loads((place.folder / "runs/held/provenance.json").read_text())
+    assert provenance["attempts"][0]["git_commit"] == docker.said("git", "rev-parse", "HEAD", cwd=place.folder).strip()
+
+
+def test_what_docker_run_cannot_hand_over_is_refused_in_words(docker: Docker, image: str, place: Workplace) -> None:
+    def refused(**environment: str) -> str:
+        command = (ROOT / "docker/run", image, "train", "held.yaml")
+        return docker.said(*command, cwd=place.folder, env=environment, status=2)
+
+    assert "DATA is nowhere, which is no folder here" in refused(DATA="nowhere")
+    said = refused(GOOGLE_APPLICATION_CREDENTIALS="key.json")
+    assert "GOOGLE_APPLICATION_CREDENTIALS names key.json, which is no file" in said
+    assert "Docker does not answer" in refused(DOCKER_HOST="unix:///nowhere.sock")
+    assert not (place.folder / "runs").exists()
