@@ -170,23 +170,24 @@ class Node:
         The others, which are lost without it, are killed: torchrun waits for their end before it speaks.
         """
         notes = self._notes()
-        if (status := self.torchrun.poll()) is not None and status < 0:
-            return Death(-status, self._memory.verdict(self.torchrun.pid), self.torchrun.pid)
-        for other, note in notes.items():
-            if other != rank and not is_gone(note["pid"]):
-                self._signal(note, signal.SIGKILL)
         found = re.compile(rf"exitcode:? *:? (-?\d+)\)?.*\(pid: {notes[rank]['pid']}\)")
         deadline_s = time.monotonic() + patience_s
         while True:
-            ended = self.torchrun.poll() is not None
-            if (match := found.search(self.said_by_torchrun())) or ended or time.monotonic() > deadline_s:
-                status = int(match[1]) if match else None
-                if status is not None and status >= 0:
-                    return Death(None, exit=status)
-                number = -status if status else None
-                evidence = self._memory.verdict(notes[rank]["pid"]) if number in (None, signal.SIGKILL) else None
-                return Death(number, evidence)
+            ended = self.torchrun.poll()
+            if ended is not None and ended < 0:  # which may be seen a moment after the ranks have followed it
+                return Death(-ended, self._memory.verdict(self.torchrun.pid), self.torchrun.pid)
+            if (match := found.search(self.said_by_torchrun())) or ended is not None or time.monotonic() > deadline_s:
+                break
+            for other, note in notes.items():
+                if other != rank and not is_gone(note["pid"]):
+                    self._signal(note, signal.SIGKILL)
             time.sleep(0.02)
+        status = int(match[1]) if match else None
+        if status is not None and status >= 0:
+            return Death(None, exit=status)
+        number = -status if status else None
+        evidence = self._memory.verdict(notes[rank]["pid"]) if number in (None, signal.SIGKILL) else None
+        return Death(number, evidence)
 
     def where(self) -> dict[int, Where]:
         """Have every rank write its stacks to its log, stopped ones too, and say where each of them is."""
