@@ -18,6 +18,7 @@ import toolkit
 from tests.conftest import ROOT
 from tests.docker.conftest import CANARY, IMAGE, Docker
 
+pytestmark = pytest.mark.timeout(900)  # whichever test is the first has the image built
 README = (ROOT / "docker/README.md").read_text()
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import ROOT, Workplace
 from tests.docker.conftest import BASE_FOLDER, Docker, engine
 
+pytestmark = pytest.mark.timeout(900)  # whichever test is the first has the image built
 RUN = ROOT / "docker/run"
 TRAIN = ("train", "held.yaml", "train.max_steps=2")
 NO_GPU = not any(Path("/dev").glob("nvidia[0-9]*"))

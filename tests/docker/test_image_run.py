@@ -19,6 +19,7 @@ from tests.docker.conftest import Docker
 from tests.slurm import charliecloud
 from tests.store.servers import S3Server, used
 
+pytestmark = pytest.mark.timeout(900)  # whichever test is the first has the image built
 Equal = Callable[[Any, Any], bool]
 ALONE = (
     "--read-only",
