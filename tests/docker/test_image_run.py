@@ -34,6 +34,7 @@ ALONE = (
 )
 SLOW = ("schedule.args.pause_s=0.05", "train.max_steps=200", "checkpoint.every_steps=20")
 STEPS = 200
+DIGITS = ("jobs/digits_mlp.yaml", "train.epochs=1")
 README = (ROOT / "docker/README.md").read_text()
 
 
@@ -181,7 +182,7 @@ def test_small_shared_memory_is_explained_before_anything_is_written(
 
 
 def test_a_run_that_would_vanish_with_the_container_is_said(docker: Docker, image: str) -> None:
-    said = docker("run", "--rm", "--network", "none", image, "train", "jobs/digits_mlp.yaml", "train.epochs=1")
+    said = docker("run", "--rm", "--network", "none", image, "train", "--processes", "1", *DIGITS)
     assert "container: the run runs/digits_mlp lies in the container and vanishes with it: mount a folder there" in said
     assert '-v "$PWD/runs:/workspace/runs"' in said
     assert "completed" in said
