@@ -7,18 +7,16 @@ digit.
 
 import gzip
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from toolkit.datasets.stream import Int64s
+from toolkit.datasets.memory import InMemory
 from toolkit.errors import JobError
 
 
-class Digits(Dataset[Any]):
+class Digits(InMemory):
     """Inputs (1, 8, 8) float32 in 0..1, targets 0..9; or only the images of some digits, the first of which is class 0.
 
     `test` is every fifth image (359), `train` the rest (1438), `all` both.
@@ -41,13 +39,3 @@ class Digits(Dataset[Any]):
         self.inputs = torch.from_numpy(rows[:, :64].astype(np.float32) / 16).view(-1, 1, 8, 8)
         self.targets = torch.from_numpy(np.array([digits.index(digit) for digit in rows[:, 64]]))
         self.num_classes = len(digits)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
-
-    def gather(self, indices: Int64s) -> tuple[Tensor, Tensor]:
-        at = torch.from_numpy(indices)
-        return self.inputs.index_select(0, at), self.targets.index_select(0, at)

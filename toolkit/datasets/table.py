@@ -1,22 +1,21 @@
 """Rows of a CSV or Parquet file: some columns are the input, one is the target."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from toolkit import storage
 from toolkit.datasets.columns import Column, File, Kind
+from toolkit.datasets.memory import InMemory
 from toolkit.datasets.stream import Int64s, order
 from toolkit.errors import JobError
 
 MOST_CATEGORIES = 1000
 
 
-class Table(Dataset[Any]):
+class Table(InMemory):
     """Inputs (F,) float32; targets int64 classes, or float32 for a regression.
 
     `path`: a file with a header, by path or URL. A column is of numbers or of categories, as the file has it or `types`
@@ -115,16 +114,6 @@ class Table(Dataset[Any]):
                 f"are {len(unseen)} such rows; remove them, or leave the column out of features"
             )
         return found
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.inputs[index], self.targets[index]
-
-    def gather(self, indices: Int64s) -> tuple[Tensor, Tensor]:
-        at = torch.from_numpy(indices)
-        return self.inputs.index_select(0, at), self.targets.index_select(0, at)
 
 
 def _read(
