@@ -91,6 +91,7 @@ def _worker_starts(start: int, worker: int) -> None:
     """A worker leaves stopping to its rank, does not outlive it, and does not outlive a step it cannot hand on."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)  # no stacks: writing them beside a thread crashes at times
     if hasattr(ctypes.CDLL(None), "prctl"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_on)  # type: ignore[attr-defined]
