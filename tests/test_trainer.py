@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from toolkit import session
+from toolkit import distributed, session
 from toolkit.agreement import Agreement
 from toolkit.checkpoint import Archive, Checkpointer
 from toolkit.config import Component, load_job
 from toolkit.datasets.loader import Batch
-from toolkit.distributed import ALONE
+from toolkit.distributed import ALONE, Ranks
 from toolkit.lost import LostLossError
 from toolkit.observers.checkpoints import Checkpoints
 from toolkit.observers.evaluation import Evaluation
@@ -258,6 +258,17 @@ def test_a_batch_norm_beside_frozen_weights_keeps_learning() -> None:
     trainer = trainer_of(model)
     trainer.fit([[samples()]])
     assert model[2].running_mean.abs().sum() > 0
+
+
+def test_a_trainer_in_a_loop_of_ones_own_has_the_place_of_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "current", lambda: Ranks(1, 2))
+    trainer = trainer_of(network())
+    trainer.backward([samples()])
+    assert trainer.ranks == Ranks(1, 2)
+    monkeypatch.undo()
+    alone = trainer_of(network())
+    alone.backward([samples()])
+    torch.testing.assert_close(gradient(trainer), 2 * gradient(alone))  # by which DDP divides
 
 
 def test_a_job_freezes_before_the_optimizer_is_built(workplace: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from toolkit import distributed, pulse
 from toolkit.agreement import Agreement
-from toolkit.distributed import ALONE, Ranks
+from toolkit.distributed import Ranks
 from toolkit.lost import Guard, Interval, LostLossError
 from toolkit.randomness import derive, seed_everything
 
@@ -57,8 +57,9 @@ class Trainer:
 
     `task` has the `loss` and `metrics` of toolkit/tasks.py. Learning rates are those that the optimizer comes with,
     times `schedule(step)`. A step is a list of micro-batches, each with `input`, `target` and `indices`: this rank's
-    share of a global batch. Where there is a process group, the model is wrapped in DDP, unless it is sharded. With its
-    `state` from a checkpoint it goes on as it would have: what is random follows from (seed, step, rank).
+    share of a global batch. Where there is a process group, the model is wrapped in DDP, unless it is sharded, and
+    `ranks` default to the group's. With its `state` from a checkpoint it goes on as it would have: what is random
+    follows from (seed, step, rank).
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Trainer:
         device: torch.device,
         total_steps: int,
         global_batch_size: int,
-        ranks: Ranks = ALONE,
+        ranks: Ranks | None = None,
         seed: int = 0,
         precision: str = "fp32",
         clip_grad_norm: float | None = None,
@@ -84,13 +85,13 @@ class Trainer:
         self.state = State(model, optimizer, scaler, ema=ema)
         self.model = distributed.wrap(model, device, grad_compression)
         self.task, self.schedule, self.guard = task, schedule, guard or Guard()
-        self.device, self.ranks, self.seed = device, ranks, seed
+        self.device, self.ranks, self.seed = device, ranks or distributed.current(), seed
         self.total_steps, self.global_batch_size, self.clip_grad_norm = total_steps, global_batch_size, clip_grad_norm
         self.autocast, self.eval_autocast = (_autocast(device, p) for p in (precision, eval_precision or precision))
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.interval = Interval(device, global_batch_size, self.guard, ranks, scaler.is_enabled())
+        self.interval = Interval(device, global_batch_size, self.guard, self.ranks, scaler.is_enabled())
         self.evaluating, self.output_shape = False, torch.Size()
-        self.agreement, self.agreed = Agreement(ranks, {}), frozenset[str]()
+        self.agreement, self.agreed = Agreement(self.ranks, {}), frozenset[str]()
         self.report: dict[str, float] = {}  # what this step has to say beside its losses, such as val/accuracy
 
     @property
