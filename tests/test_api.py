@@ -1,6 +1,7 @@
 """What `import toolkit` offers: these names, documented, and what they promise to programs of one's own."""
 
 import inspect
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from toolkit import Checkpointer, JobError, Run, RunError, Trainer, load_job
 from toolkit.checkpoint import export
 from toolkit.datasets.digits import Digits
 from toolkit.datasets.loader import Batch
+from toolkit.randomness import seed_everything
 from toolkit.tasks import Classification
 
 PUBLIC = {
@@ -84,6 +86,24 @@ def test_any_checkpoint_can_be_loaded(trained: Run, which: str | int) -> None:
     model = trained.load_model(which)
     assert {f"ema/{name}" for name, _ in model.named_parameters()} <= entries.keys()
     assert loss_of(model) == loss_of(trained.load_model(step or 0))
+
+
+def test_loading_a_model_disturbs_nothing_that_is_random(trained: Run) -> None:
+    def drawn() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    seed_everything(1)
+    expected = drawn()
+    seed_everything(1)
+    trained.load_model()
+    assert drawn() == expected
+
+
+def test_a_model_is_loaded_in_the_usual_layout(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = trained.job()
+    last = job.model_copy(update={"train": job.train.model_copy(update={"channels_last": True})})
+    monkeypatch.setattr(Run, "job", lambda self: last)
+    assert not trained.load_model()._forward_pre_hooks  # and of a model without convolutions, it could not be built
 
 
 def test_what_cannot_be_loaded_is_said(trained: Run, tmp_path: Path) -> None:

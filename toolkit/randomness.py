@@ -1,6 +1,8 @@
 """Random numbers as functions of what they are for, such as (seed, step, rank): nothing to save, nothing to restore."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -34,3 +36,15 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
     elif device is not None and device.type == "mps":
         torch.mps.manual_seed(seed)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever is seeded or drawn on the CPU in here, the global generators are afterwards as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -47,19 +47,23 @@ class Run(run.Run):
         """The job's model with the weights of a checkpoint, `last`, `best` or a step, in evaluation mode.
 
         Where weights were averaged (EMA) these are taken, for it is they that were evaluated; `averaged=False` takes
-        those that were trained. The training set is looked at, for the shapes that the job does not name. Raises
-        JobError if there is no such checkpoint, DamagedError, a RunError, if one of its bytes is not what was saved.
+        those that were trained. The training set is looked at, for the shapes that the job does not name; what the
+        caller draws at random stays the same. Raises JobError if there is no such checkpoint, DamagedError, a RunError,
+        if one of its bytes is not what was saved.
         """
         import torch
 
         from toolkit import datasets, persistence, session
         from toolkit.checkpoint import export
         from toolkit.distributed import ALONE
+        from toolkit.randomness import undisturbed
 
         job, archive = self.job(), self.checkpoints
         step = persistence.step_of(archive, str(which))
-        plain = job.train.model_copy(update={"compile": False, "activation_checkpointing": False})
-        shapes = datasets.shapes(datasets.build("data.train", job.data.train))
-        model = session.model_of(job.model_copy(update={"train": plain}), ALONE, torch.device(device), shapes)
+        off = dict.fromkeys(("compile", "activation_checkpointing", "channels_last"), False)
+        plain = job.model_copy(update={"train": job.train.model_copy(update=off)})
+        with undisturbed():
+            shapes = datasets.shapes(datasets.build("data.train", job.data.train))
+            model = session.model_of(plain, ALONE, torch.device(device), shapes)
         export.load(archive, step, model, averaged)
         return model.eval()
