@@ -83,7 +83,7 @@ def skip_from_the_start(folder: Path, run: str, *batches: int) -> None:
     from toolkit.checkpoint import Checkpointer
     from toolkit.config import load_job
     from toolkit.distributed import ALONE
-    from toolkit.run import digest
+    from toolkit.drift import digest
 
     job = load_job(str(folder / "planted.yaml"), [], {})
     parts = session.build(job, ALONE, torch.device("cpu"))

@@ -34,7 +34,7 @@ from tests.states import (
     world,
 )
 from toolkit import storage
-from toolkit.checkpoint import Archive, Checkpointer, Policy, manifest, plan, retention, writer
+from toolkit.checkpoint import Archive, Checkpointer, Policy, export, manifest, plan, retention, writer
 from toolkit.checkpoint.manifest import DTYPES, DamagedError
 from toolkit.checkpoint.state import to_plain
 from toolkit.errors import RunError
@@ -134,6 +134,16 @@ def test_tied_weights_are_stored_once_and_stay_tied(folder: str) -> None:
     assert Archive(folder).values(found).tied == {"logits.weight": "tokens.weight"}
     resumed(folder, loaded)
     assert loaded.model.logits.weight is loaded.model.tokens.weight
+
+
+def test_a_tied_weight_is_left_out_by_any_of_its_names(folder: str) -> None:
+    save(folder, new_state(MODELS["gpt"]))
+    whole = export.fit(f"{folder}/step-00000000", new_state(MODELS["gpt"]).model)
+    (first,) = set(Archive(folder).values(whole.manifest).tied.values())
+    for name in ("logits.*", first):
+        fit = export.fit(f"{folder}/step-00000000", new_state(MODELS["gpt"]).model, [name])
+        assert (fit.anew, fit.unused) == ([first], [first])
+        assert fit.sources.keys() == whole.sources.keys() - {first}
 
 
 def test_the_scale_of_half_precision_comes_back(folder: str) -> None:

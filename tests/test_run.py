@@ -13,9 +13,10 @@ import pytest
 
 from toolkit import lock, storage
 from toolkit.config import Job
+from toolkit.drift import MAY_CHANGE, changed, digest
 from toolkit.errors import JobError, RunError
 from toolkit.provenance import source_code
-from toolkit.run import MAY_CHANGE, SAVE_NOW, STOP, Run, changed, digest, fresh_url
+from toolkit.run import SAVE_NOW, STOP, Run, fresh_url
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -49,9 +50,11 @@ def opened() -> Iterator[Opens]:
     """Opens a run, until the end of the test."""
     with ExitStack() as stack:
 
-        def opened(url: str, *words: str, job: dict[str, Any] = JOB, resolved: Any = RESOLVED, **machine: Any) -> Run:
+        def opened(
+            url: str, *words: str, job: dict[str, Any] = JOB, resolved: Any = RESOLVED, data: Any = None, **machine: Any
+        ) -> Run:
             run = Run(url)
-            run.open("text: of the job\n", job, resolved, words, MACHINE | machine)
+            run.open("text: of the job\n", job, resolved, words, MACHINE | machine, data=data)
             stack.callback(run.close)
             return run
 
@@ -293,6 +296,18 @@ def test_auto_that_means_something_else_here_is_a_difference(url: str, opened: O
     with pytest.raises(JobError, match=r"train.precision: 'fp32' -> 'bf16' \(what auto means on this machine\)"):
         opened(url, resolved={"train.precision": "bf16"})
     opened(url, resolved=RESOLVED)
+
+
+def test_other_data_are_a_difference_and_a_run_that_knows_nothing_of_its_data_goes_on(url: str, opened: Opens) -> None:
+    opened(url).close()
+    opened(url, data={"samples": 3, "classes": ["cat", "dog"]}).close()
+    for now, line in (
+        ({"samples": 2}, "samples: 3 -> 2"),
+        ({"classes": ["cat"]}, r"classes: .'cat', 'dog'. -> .'cat'."),
+    ):
+        with pytest.raises(JobError, match=rf"other data .*:\n  {line}\nput the data back .* toolkit fork .*--fresh"):
+            opened(url, data=now)
+    opened(url, data={"samples": 3, "vocab_size": 5})
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,15 @@ class Result:
 
 
 def ended(
-    run: Run, name: str, trainer: Trainer, samples: int, evaluates: bool, signals: StopSignals, console: Console
+    run: Run,
+    name: str,
+    trainer: Trainer,
+    epoch_of: Callable[[int], int],
+    evaluates: bool,
+    signals: StopSignals,
+    console: Console,
 ) -> Result:
-    """Say how a start ended in which nothing failed, and part from the other ranks. An epoch has `samples`."""
+    """Say how a start ended in which nothing failed, and part from the other ranks."""
     step = trainer.state.step
     state, exit_status, reason = "completed", 0, None
     broken_off = "stop" in trainer.agreed and evaluates  # the last evaluation is still to be made
@@ -44,8 +50,7 @@ def ended(
         found = "".join(f"  {key} {value:.4f}" for key, value in sorted(metrics.items()))
         summary = f"{name}: {state} at step {step} of {trainer.total_steps}{found}\n"
         summary += f"run directory: {storage.shown(run.url)}"
-        epoch = step * trainer.global_batch_size // samples
-        progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch}
+        progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch_of(step)}
         run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
         for wish in (STOP, CANCEL):
             if run.wished(wish):

@@ -7,9 +7,10 @@ from toolkit.checkpoint import Archive
 from toolkit.checkpoint.manifest import NAME
 from toolkit.config import job_from_text
 from toolkit.config.text import dump
+from toolkit.drift import changed, digest
 from toolkit.errors import JobError
 from toolkit.persistence import step_of
-from toolkit.run import Run, changed, digest, fresh_url
+from toolkit.run import Run, fresh_url
 
 # What shapes the state itself: with another of these the checkpoint cannot be gone on from.
 SHAPES = ("model.", "optimizer.name", "train.freeze", "train.ema_decay", "train.precision")

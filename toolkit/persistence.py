@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from toolkit import optim, pulse, storage
+from toolkit import distributed, optim, pulse, storage
 from toolkit.checkpoint import Archive, Checkpointer, Policy, export
 from toolkit.config import Job
+from toolkit.drift import digest
 from toolkit.errors import JobError, RunError
 from toolkit.lost import Lost, LostLossError
 from toolkit.observers.checkpoints import Checkpoints
-from toolkit.run import SAVE_NOW, Run, digest
+from toolkit.run import SAVE_NOW, Run
 from toolkit.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -59,10 +60,24 @@ def checkpoints(
     )
 
 
-def check_origin(run: Run, job: Job, trainer: Trainer) -> None:
-    """Raises JobError if a new run is to begin with weights that are not there, or do not fit."""
-    if job.run.init_from and not Archive(run.at("checkpoints")).folders():
+def check_beginning(run: Run, job: Job, trainer: Trainer) -> None:
+    """Raises JobError if a run is beyond its job's last step, or a new one is to begin with weights that are not there,
+    or do not fit.
+    """
+    archive = Archive(run.at("checkpoints"))
+    _refuse_beyond(run, archive.newest() or 0, trainer.total_steps)
+    if job.run.init_from and not archive.folders():
         export.fit(job.run.init_from, trainer.state.model, job.run.init_except)
+
+
+def _refuse_beyond(run: Run, step: int, total_steps: int) -> None:
+    if step > total_steps:
+        where = storage.shown(run.url)
+        raise JobError(
+            f"{where} is at step {step}, and the job ends at step {total_steps}: raise train.epochs or train.max_steps;"
+            f" or go on from one of its earlier checkpoints in a new run: toolkit fork {where} --at STEP KEY=VALUE; or "
+            "start over with --fresh"
+        )
 
 
 def begin(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) -> None:
@@ -73,10 +88,11 @@ def begin(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) ->
     """
     state = trainer.state
     resumed = saves.checkpointer.resume(state, say)
+    _refuse_beyond(run, state.step, trainer.total_steps)  # again: another may have trained here before we had the lock
     if trainer.ranks.leads:
         run.metrics.open(last_step=state.step)
     if resumed is None and job.run.init_from:
-        weights = export.fit(job.run.init_from, state.model, job.run.init_except)
+        weights = export.fit(job.run.init_from, state.model, job.run.init_except, distributed.from_rank_0)
         weights.load(state.model)
         if state.ema:
             state.ema = optim.Ema(state.model, state.ema.decay)

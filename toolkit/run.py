@@ -3,7 +3,6 @@
 Everything about a run is found from its URL (law 1).
 """
 
-import hashlib
 import json
 import os
 import threading
@@ -13,18 +12,11 @@ from contextlib import suppress
 from typing import Any
 
 from toolkit import pulse, storage
+from toolkit.drift import changed, moved
 from toolkit.errors import JobError
 from toolkit.journal import Journal
 from toolkit.lock import Lock
 from toolkit.provenance import packages, without_secrets
-
-# What may differ between two starts of one run. All else makes another run, whatever it is called.
-MAY_CHANGE = {
-    "run.dir", "run.name", "data.workers", "train.epochs", "train.max_steps", "train.micro_batch_size", "train.device",
-    "train.compile", "train.channels_last", "train.on_nan", "train.max_rollbacks", "train.spike_grad_norm",
-    "train.strategy", "train.activation_checkpointing", "eval", "checkpoint", "log", "launch",
-}  # fmt: skip
-
 
 # Of what is known of a process, what tells it from others.
 WHO = ("host", "pid", "pid_namespace", "boot_id", "slurm_job_id", "slurm_restart_count")
@@ -81,29 +73,28 @@ class Run:
         started_with: Sequence[str],
         machine: Mapping[str, Any],
         say: Callable[[str], None] = lambda words: None,
+        data: Mapping[str, Any] | None = None,
     ) -> int:
         """Take the lock, write the job and where it comes from, before step 1. Returns the number of this attempt.
 
-        `resolved` is what `auto` means here, by key. Raises JobError if the directory belongs to another job or is
-        being written to.
+        `resolved` is what `auto` means here, by key, and `data` what is known of the training set. Raises JobError if
+        the directory belongs to another job or other data, or is being written to.
         """
-        self.refuse_drift(job, resolved)
+        self.refuse_drift(job, resolved, data)
         identity = {key: machine.get(key) for key in WHO}
         self.lock = Lock(self.at("lock"), identity, self._beat)
         try:
             attempt = self.lock.claim(len(self.provenance().get("attempts", [])) + 1, say)
-            self.refuse_drift(job, resolved)  # again: another may have begun here, and ended, before we had the lock
+            self.refuse_drift(job, resolved, data)  # again: before we had the lock, another may have begun here
             if note := self.lock.note():
                 say(note)
             provenance = self.provenance() or {"attempts": []}
-            start = {
-                "attempt": attempt,
-                "started_at": _now(),
-                "command": [without_secrets(word) for word in started_with],
-            }
+            words = [without_secrets(word) for word in started_with]
+            start = {"attempt": attempt, "started_at": _now(), "command": words}
             provenance |= {
                 "job": job,
                 "resolved": dict(resolved),
+                "data": dict(data or {}),
                 "attempts": [*provenance["attempts"], start | dict(machine) | {"packages": packages()}],
             }
             storage.write(self.at("config.yaml"), config_text.encode())
@@ -128,22 +119,30 @@ class Run:
         if state in ("completed", "cancelled"):
             self.granted(CANCEL)
 
-    def refuse_drift(self, job: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
-        """Raises JobError that lists, old beside new, what makes this another job than the directory's."""
+    def refuse_drift(
+        self, job: Mapping[str, Any], resolved: Mapping[str, Any], data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raises JobError that lists, old beside new, what makes this another job than the directory's, or other data.
+
+        A run that is older than one of the keys goes on.
+        """
         provenance = self.provenance()
         if "job" not in provenance:
             return
-        lines = changed(provenance["job"], job)
-        for key, now in resolved.items():
-            if (before := provenance.get("resolved", {}).get(key, now)) != now:
-                lines.append(f"{key}: {before!r} -> {now!r} (what auto means on this machine)")
+        where, meant = storage.shown(self.url), moved(provenance.get("resolved", {}), resolved)
+        lines = changed(provenance["job"], job) + [f"{line} (what auto means on this machine)" for line in meant]
         if lines:
-            where = storage.shown(self.url)
             raise JobError(
                 f"{where} holds a run of another job:\n" + "\n".join(f"  {line}" for line in lines) +
                 f"\nput the old values back; or go on from one of its checkpoints in a new run: toolkit fork {where} "
                 f"--at STEP KEY=VALUE; or take only its weights: run.init_from={where} with another run.dir; or start "
                 "over with --fresh"
+            )  # fmt: skip
+        if lines := moved(provenance.get("data", {}), data or {}):
+            raise JobError(
+                f"{where} holds a run on other data than data.train has now:\n" + "\n".join(f"  {ln}" for ln in lines) +
+                f"\nput the data back as they were; or go on with these in a new run: toolkit fork {where} --at last; "
+                "or start over with --fresh"
             )  # fmt: skip
 
     def begin_from(self, other: "Run", step: int, config_text: str, job: dict[str, Any]) -> None:
@@ -234,39 +233,6 @@ def fresh_url(url: str) -> str:
     while storage.exists(free):
         number, free = number + 1, f"{url.rstrip('/')}-{number}"
     return free
-
-
-def changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two jobs of one run and may not, as `key: old -> new`."""
-    lines: list[str] = []
-    for key in sorted({*old, *new}):
-        at, before, after = prefix + key, old.get(key), new.get(key)
-        if at in MAY_CHANGE or before == after or (_says_nothing(at, before) and _says_nothing(at, after)):
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += changed(before, after, f"{at}.")
-        else:
-            lines.append(f"{at}: {before!r} -> {after!r}")
-    return lines
-
-
-def digest(job: Mapping[str, Any], resolved: Mapping[str, Any]) -> str:
-    """Equal for two jobs exactly if one may resume the other."""
-    fixed = json.dumps([_fixed(job), dict(resolved)], sort_keys=True)
-    return hashlib.sha256(fixed.encode()).hexdigest()[:32]
-
-
-def _fixed(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    return {
-        key: _fixed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
-        for key, value in tree.items()
-        if prefix + key not in MAY_CHANGE and not _says_nothing(prefix + key, value)
-    }
-
-
-def _says_nothing(at: str, value: Any) -> bool:
-    """Whether a key could as well be left out, as in a run older than it. Defaults of `args` are a component's."""
-    return "args" not in at.split(".") and (value is None or value is False or value in ({}, []))
 
 
 def _now() -> str:

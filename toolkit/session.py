@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ class Parts:
     val: EvaluationSteps | None
     test: EvaluationSteps | None
     resolved: dict[str, Any]  # what `auto` means here, where it changes what is learnt
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that the stream is in after so many steps."""
+        return step * self.steps.sampler.global_batch_size // self.steps.sampler.size
+
+    def evaluates_after(self, job: Job, step: int) -> bool:
+        """Whether a job looks at its validation set after this step: at the first in each epoch whose turn it is."""
+        if job.eval.every_steps:
+            return step % job.eval.every_steps == 0
+        every = job.eval.every_epochs or 1
+        return self.epoch_of(step) // every > self.epoch_of(step - 1) // every
 
 
 def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, command: Sequence[str] = ()) -> Result:
@@ -191,10 +203,11 @@ def settled() -> Iterator[None]:
 def _open(run: Run, job: Job, parts: Parts, machine: dict[str, Any], command: Sequence[str], console: Console) -> int:
     """Take the lock and write the job down. Returns the number of this attempt."""
     written, before, say = job.as_written(), run.status() or {}, _to(console)
-    run.refuse_drift(written, parts.resolved)
-    persistence.check_origin(run, job, parts.trainer)
+    data = datasets.facts(parts.steps.dataset, parts.steps.sampler.size)
+    run.refuse_drift(written, parts.resolved, data)
+    persistence.check_beginning(run, job, parts.trainer)
     check_workers(parts.steps, job.data.workers, machine["hosts"].count(machine["host"]))
-    attempt = run.open(dump(written), written, parts.resolved, command, machine, say)
+    attempt = run.open(dump(written), written, parts.resolved, command, machine, say, data)
     ending.silent(run, before, machine, say)
     return attempt
 
@@ -212,8 +225,8 @@ def _trained(
             with persistence.rolling_back(run, job, trainer, saves, say), _remaining(run, job, parts, attempt) as feed:
                 trainer.fit(feed, observers, Agreement(trainer.ranks, _wishes(run, saves, signals)))
                 fitted = True
-        size, evaluates = parts.steps.sampler.size, bool(parts.val or parts.test)
-        return ending.ended(run, job.run.name, trainer, size, evaluates, signals, console)
+        evaluates = bool(parts.val or parts.test)
+        return ending.ended(run, job.run.name, trainer, parts.epoch_of, evaluates, signals, console)
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
         ending.failed(run, trainer, attempt, cause)
@@ -243,14 +256,6 @@ def _observers(
     """In the order in which they act after a step: a line of metrics must be written before the checkpoint that vouches
     for it.
     """
-    steps_per_epoch = parts.steps.sampler.size / job.data.global_batch_size
-    every_steps, every_epochs = job.eval.every_steps, job.eval.every_epochs or 1
-
-    def due(step: int) -> bool:
-        if every_steps:
-            return step % every_steps == 0
-        return int(step / steps_per_epoch / every_epochs) > int((step - 1) / steps_per_epoch / every_epochs)
-
     device = parts.trainer.device
     averaging = [Averaging()] if parts.trainer.state.ema else []
 
@@ -258,7 +263,9 @@ def _observers(
         names: list[str] = distributed.from_rank_0(lambda: run.metrics.names_at(step))
         return names
 
-    evaluation = Evaluation(due, whole(parts.val, job, device), whole(parts.test, job, device), reported)
+    evaluation = Evaluation(
+        partial(parts.evaluates_after, job), whole(parts.val, job, device), whole(parts.test, job, device), reported
+    )
     progress, leads = ProgressBar(console), parts.trainer.ranks.leads
     sinks = [run.metrics.append, progress.show] if leads else []
     amend = run.metrics.open if leads else lambda step, values: None
@@ -267,8 +274,8 @@ def _observers(
     def counts() -> dict[str, float]:
         return saves.counts() | stragglers.counts()
 
-    metrics = Metrics(job.log.every_steps, steps_per_epoch, sinks, job.checkpoint.every_steps, counts, amend)
-    heartbeat = Heartbeat(run, steps_per_epoch, saves.checkpointer, _to(console))
+    metrics = Metrics(job.log.every_steps, parts.epoch_of, sinks, job.checkpoint.every_steps, counts, amend)
+    heartbeat = Heartbeat(run, parts.epoch_of, saves.checkpointer, _to(console))
     told: list[Observer] = [heartbeat, progress] if leads else []
     return [*averaging, evaluation, metrics, saves, *told, Beat(), stragglers]
 

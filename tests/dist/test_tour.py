@@ -169,7 +169,8 @@ def test_the_notebook_trains_plots_and_goes_on(tmp_path: Path, monkeypatch: pyte
     assert "resuming at step 324 in" in said
     assert said.splitlines()[-1] == "from step 324 to step 647"
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-    status = json.loads((tmp_path / "runs/notebook/status.json").read_text())
+    (found,) = (tmp_path / "runs").glob("notebook-*/status.json")
+    status = json.loads(found.read_text())
     assert (status["state"], status["step"]) == ("completed", 647)
 
 

@@ -1,7 +1,7 @@
 """Weights for others: out of a checkpoint into one safetensors file, or into the model of a new run."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,12 @@ from toolkit import storage
 from toolkit.checkpoint import reader
 from toolkit.checkpoint.archive import Archive
 from toolkit.checkpoint.manifest import DTYPES, DamagedError, Manifest, TensorEntry
-from toolkit.checkpoint.state import model_tensors
+from toolkit.checkpoint.state import model_tensors, tied
 from toolkit.errors import JobError, RunError
 from toolkit.patterns import matched
 from toolkit.secret import Secret
+
+Find = Callable[[], int | None]
 
 
 def export(archive: Archive, step: int, url: str, averaged: bool = True) -> int:
@@ -80,11 +82,17 @@ class Fit:
         _read_into(model_tensors(model), self.archive, self.manifest, self.sources)
 
 
-def fit(url: str, model: nn.Module, but: Sequence[str] = ()) -> Fit:
+def _here(find: Find) -> int | None:
+    return find()
+
+
+def fit(url: str, model: nn.Module, but: Sequence[str] = (), choose: Callable[[Find], int | None] = _here) -> Fit:
     """Compare the newest checkpoint of a run, or the one that the URL names itself, with a model.
 
-    Weights whose names match a pattern in `but` are left out on both sides. Raises JobError if there is no checkpoint,
-    or anything else differs between the two, or nothing is left, or a pattern matches nothing.
+    Weights whose names match a pattern in `but` are left out on both sides. While that run trains, its newest
+    checkpoint is another in a while: `choose` is given what looks for it, and has ranks agree on one step. Raises
+    JobError if there is no checkpoint, or anything else differs between the two, or nothing is left, or a pattern
+    matches nothing.
     """
     folder, _, name = url.rstrip("/").rpartition("/")
     chosen = re.fullmatch(r"step-(\d{8,15})", name)
@@ -92,7 +100,7 @@ def fit(url: str, model: nn.Module, but: Sequence[str] = ()) -> Fit:
         folder = Secret(folder, url.written)
     archive = Archive(folder if chosen else storage.join(url, "checkpoints"))
     try:
-        step = int(chosen[1]) if chosen else archive.newest()
+        step = int(chosen[1]) if chosen else choose(archive.newest)
         manifest = archive.whole(step) if step is not None else None
     except RunError as error:
         raise JobError(f"run.init_from: {error}") from error
@@ -101,13 +109,16 @@ def fit(url: str, model: nn.Module, but: Sequence[str] = ()) -> Fit:
             f"run.init_from: {storage.shown(url)} has no whole checkpoint; give the directory of a run, or of one "
             "checkpoint, such as runs/x or runs/x/checkpoints/step-00000200"
         )
-    return _compared(archive, manifest, model_tensors(model), but)
+    return _compared(archive, manifest, model, but)
 
 
-def _compared(archive: Archive, manifest: Manifest, own: Mapping[str, Tensor], but: Sequence[str]) -> Fit:
+def _compared(archive: Archive, manifest: Manifest, model: nn.Module, but: Sequence[str]) -> Fit:
+    own, ties = model_tensors(model), tied(model)
     there, where = _weights(manifest, averaged=True), storage.shown(archive.folder(manifest.step))
     names = sorted(own.keys() | there)
-    anew = {name for one in but for name in matched("run.init_except", one, names, f"the weights here or in {where}")}
+    known = ties | {name: name for name in names}  # a tied one has several names, and any will do
+    what = f"the weights here or in {where}"
+    anew = {known[name] for one in but for name in matched("run.init_except", one, sorted(known), what)}
     kept = [name for name in names if name not in anew]
     differing = {name: words for name in kept if (words := _difference(own.get(name), there.get(name)))}
     taken = {name: there[name][0] for name in kept if name not in differing}

@@ -5,7 +5,8 @@ faster than sample by sample. `num_classes`, `input_shape` and `vocab_size` are 
 files in errors. A class that takes files from the network lists them in `downloads(**args)`.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -27,6 +28,7 @@ DATASETS = {
 }
 
 SHAPES = ("num_classes", "input_shape", "vocab_size")
+NAMES = ("classes", "alphabet")
 
 
 def build(key: str, component: Any) -> Any:
@@ -57,3 +59,17 @@ def downloads(key: str, component: Any) -> list[Download]:
 def shapes(dataset: Any) -> dict[str, Any]:
     """What the dataset knows of its shapes, to be offered to the model."""
     return {name: getattr(dataset, name) for name in SHAPES if hasattr(dataset, name)}
+
+
+def facts(dataset: Any, samples: int) -> dict[str, Any]:
+    """By what a set of so many training samples is known again, as JSON gives it back: with another number of them the
+    stream is another, and with other classes the targets are.
+    """
+    named = {name: getattr(dataset, name, None) for name in NAMES}
+    told = {name: of for name, of in named.items() if isinstance(of, str | list | tuple) and _are_words(of)}
+    plain: dict[str, Any] = json.loads(json.dumps({"samples": samples} | shapes(dataset) | told, default=str))
+    return plain
+
+
+def _are_words(names: Sequence[Any]) -> bool:
+    return len(names) > 0 and all(isinstance(name, str) for name in names)

@@ -16,9 +16,13 @@ class Heartbeat:
     PERIOD_S = 0.5
 
     def __init__(
-        self, run: Run, steps_per_epoch: float, checkpointer: Checkpointer, say: Callable[[str], None] = print
+        self,
+        run: Run,
+        epoch_of: Callable[[int], int],
+        checkpointer: Checkpointer,
+        say: Callable[[str], None] = print,
     ) -> None:
-        self.run, self.steps_per_epoch, self.checkpointer, self.say = run, steps_per_epoch, checkpointer, say
+        self.run, self.epoch_of, self.checkpointer, self.say = run, epoch_of, checkpointer, say
         self.problem: str | None = None
         self.next_s = 0.0
 
@@ -44,7 +48,7 @@ class Heartbeat:
         return {
             "step": step,
             "total": trainer.total_steps,
-            "epoch": int(step / self.steps_per_epoch),
+            "epoch": self.epoch_of(step),
             "checkpoint": {
                 "step": saver.saved_step,
                 "took_s": round(saver.took_s, 3),

@@ -18,13 +18,13 @@ class Metrics:
     def __init__(
         self,
         every_steps: int,
-        steps_per_epoch: float,
+        epoch_of: Callable[[int], int],
         sinks: Sequence[Callable[[Line], None]],
         saved_every_steps: int | None = None,
         counts: Callable[[], Line] = dict,
         amend: Callable[[int, Line], None] = lambda step, values: None,
     ) -> None:
-        self.every_steps, self.steps_per_epoch, self.sinks = every_steps, steps_per_epoch, sinks
+        self.every_steps, self.epoch_of, self.sinks = every_steps, epoch_of, sinks
         self.saved_every_steps, self.counts, self.amend = saved_every_steps or every_steps, counts, amend
 
     def start(self, trainer: Any) -> None:
@@ -41,7 +41,7 @@ class Metrics:
         interval, now_s = trainer.interval, time.monotonic()
         line = {
             "step": step,
-            "epoch": int(step / self.steps_per_epoch),
+            "epoch": self.epoch_of(step),
             "train/loss": loss,
             "train/learning_rate": trainer.state.optimizer.param_groups[0]["lr"],
             "train/samples_per_s": round(
