@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class State:
     Order, dropout and learning rate follow from `step`.
     """
 
+    derived: ClassVar = frozenset({"lr", "initial_lr"})  # in the optimizer's groups: it is the job that names these
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler

@@ -42,8 +42,11 @@ class Checkpointer:
     """Saves and resumes states: objects with `model`, `optimizer`, `step` and, perhaps, `scaler`, `ema` and `best`.
 
     A save is whole or it is none, whatever is killed; what is resumed is bit for bit what was saved, on any number of
-    ranks. The model is the module itself, not DDP's wrapper. `archive` is the URL of a folder, which keeps the newest
-    three, or an Archive with a policy of its own. `ranks` default to the process group's, or to a world of one.
+    ranks: also what the optimizer keeps in its groups, such as a learning rate that was changed, unless it is now built
+    with another default. What counts by itself beside the state, such as a scheduler of torch's, is not saved.
+
+    The model is the module itself, not DDP's wrapper. `archive` is the URL of a folder, which keeps the newest three,
+    or an Archive with a policy of its own. `ranks` default to the process group's, or to a world of one.
 
     `attempt` is this writer's number among those of the run, so that no file has the name of another's; without one it
     is one more than that of any checkpoint there is. `check_lock` raises RunError once a higher one has taken over.

@@ -178,6 +178,17 @@ class Manifest(_Model):
         return ""
 
 
+Plain = bool | int | float | str | None
+
+
+class Group(_Model):
+    """Parameters that the optimizer treats alike: what it keeps for them, and what its defaults for that were."""
+
+    parameters: Annotated[list[Name], Field(fail_fast=True)]
+    values: dict[Name, Annotated[Plain | list[Plain], _AtOnce]]
+    defaults: dict[Name, Annotated[Plain | list[Plain], _AtOnce]]
+
+
 class Values(_Model):
     """What is no tensor: the file that `state` names."""
 
@@ -185,9 +196,10 @@ class Values(_Model):
     best: float | None
     scaler: dict[Name, Annotated[float | int, _AtOnce]]
     trained: Annotated[list[Name], Field(fail_fast=True)]
-    optimizer: dict[Name, Annotated[bool | int | float | str | None, _AtOnce]]
+    optimizer: dict[Name, Annotated[Plain, _AtOnce]]
     tied: dict[Name, Annotated[Name, _AtOnce]]
     skipped: Annotated[list[Bytes], Field(fail_fast=True)] = []
+    groups: Annotated[list[Annotated[Group, _AtOnce]], Field(fail_fast=True)] = []
 
     def encoded(self) -> bytes:
         """The content of the file. What has a default, and is it, is not written: no reader of format 2 needs it."""

@@ -6,12 +6,12 @@ optimizer/NAME/KEY    what the optimizer remembers of a parameter
 """
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from toolkit.checkpoint.groups import from_groups, is_plain, refusal, to_groups
 from toolkit.checkpoint.manifest import DTYPES, TensorEntry, Values
 from toolkit.errors import RunError
 
@@ -19,7 +19,11 @@ REMEDY = "start the job that wrote it, take its weights with run.init_from, or s
 
 
 def to_plain(state: Any) -> tuple[dict[str, Tensor], Values]:
-    """(tensors by name, plain values) of a state with model, optimizer, step and, perhaps, scaler, ema and best."""
+    """(tensors by name, plain values) of a state with model, optimizer, step and, perhaps, scaler, ema and best.
+
+    A state may say with `derived` which values of its optimizer's groups follow from the job and the step, such as the
+    learning rate that a schedule gives: these are not saved.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in model_tensors(state.model).items()}
     tensors |= {f"ema/{name}": tensor for name, tensor in _averages(state).items()}
     plain: dict[str, Any] = {}
@@ -28,19 +32,17 @@ def to_plain(state: Any) -> tuple[dict[str, Tensor], Values]:
         for key, value in state.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
-            elif value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value)):
+            elif is_plain(value):
                 plain[f"{name}/{key}"] = value
             else:
-                what = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
-                raise RunError(
-                    f"optimizer state {key!r} of {name} is {what}; only tensors and plain, finite values can be saved"
-                )
+                raise refusal(f"optimizer state {key!r} of {name}", value, "tensors and plain, finite values")
     values = Values(
         step=state.step,
         best=getattr(state, "best", None),
         scaler=_scaling(state),
         trained=sorted(trained),
         optimizer=plain,
+        groups=to_groups(state, trained),
         tied=tied(state.model),
         skipped=list(getattr(state, "skipped", ())),
     )
@@ -71,6 +73,7 @@ def targets(state: Any, saved: Mapping[str, TensorEntry], values: Values) -> dic
     wrong = _differences(own, saved)
     if strange := sorted(name for name in values.optimizer if name.rpartition("/")[0] not in trained):
         wrong.append(f"optimizer values left over in it: {strange}")
+    wrong += from_groups(state, trained, values.groups)[1]
     before, now = set(values.trained), set(trained)
     if before != now:
         wrong.append(f"trained then but not now: {sorted(before - now) or 'none'}")
@@ -92,6 +95,8 @@ def restore(state: Any, tensors: Mapping[str, Tensor], values: Values) -> None:
     for path, value in (remembered | values.optimizer).items():
         name, _, key = path.rpartition("/")
         state.optimizer.state[trained[name]][key] = value
+    for group, update in from_groups(state, trained, values.groups)[0]:
+        group.update(update)
     if values.scaler:
         state.scaler.load_state_dict(dict(values.scaler))
     state.step, state.best, state.skipped = values.step, values.best, list(values.skipped)
