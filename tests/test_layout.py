@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "lock": LEAVES | {"storage"},
     "journal": LEAVES | {"storage"},
     "provenance": LEAVES,
-    "world": LEAVES | {"distributed", "provenance"},
+    "world": LEAVES | {"distributed", "drift", "provenance"},
     "drift": set(),
     "run": LEAVES | {"storage", "lock", "journal", "provenance", "drift"},
     "checkpoint": LEAVES | {"storage", "distributed"},

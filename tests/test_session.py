@@ -95,3 +95,10 @@ def test_rank_0_chooses_for_all_with_which_weights_of_a_run_in_training_they_beg
     assert Run("new").checkpoints.steps() == [0, 1]
     old, new = tensors_of("old", 4), tensors_of("new", 0)
     assert all(torch.equal(tensor, old[name]) for name, tensor in new.items())
+
+
+def test_a_rank_that_sees_other_data_is_named_with_nothing_written(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "gathered", lambda told: [told, told | {"samples": 1437}])
+    with pytest.raises(JobError, match=r"rank 1 sees other training data than rank 0:\n  samples: 1294 -> 1437\n"):
+        toolkit.train(job("digits", "run.dir=x"))
+    assert not Path("x").exists()

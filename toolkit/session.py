@@ -54,6 +54,11 @@ class Parts:
     test: EvaluationSteps | None
     resolved: dict[str, Any]  # what `auto` means here, where it changes what is learnt
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What is known of the training set."""
+        return datasets.facts(self.steps.dataset, self.steps.sampler.size)
+
     def epoch_of(self, step: int) -> int:
         """The epoch that the stream is in after so many steps."""
         return step * self.steps.sampler.global_batch_size // self.steps.sampler.size
@@ -83,6 +88,7 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
         console.print(done["summary"], COMPLETE, **PLAIN)
         return Result("completed", run.url, done["step"], done["metrics"])
     parts = build(job, ranks, device)
+    world.see_the_same(parts.data)
     _rehearse(parts)
     attempt = distributed.from_rank_0(lambda: _open(run, job, parts, machine, command, console))
     with settled():
@@ -203,11 +209,10 @@ def settled() -> Iterator[None]:
 def _open(run: Run, job: Job, parts: Parts, machine: dict[str, Any], command: Sequence[str], console: Console) -> int:
     """Take the lock and write the job down. Returns the number of this attempt."""
     written, before, say = job.as_written(), run.status() or {}, _to(console)
-    data = datasets.facts(parts.steps.dataset, parts.steps.sampler.size)
-    run.refuse_drift(written, parts.resolved, data)
+    run.refuse_drift(written, parts.resolved, parts.data)
     persistence.check_beginning(run, job, parts.trainer)
     check_workers(parts.steps, job.data.workers, machine["hosts"].count(machine["host"]))
-    attempt = run.open(dump(written), written, parts.resolved, command, machine, say, data)
+    attempt = run.open(dump(written), written, parts.resolved, command, machine, say, parts.data)
     ending.silent(run, before, machine, say)
     return attempt
 
@@ -225,8 +230,7 @@ def _trained(
             with persistence.rolling_back(run, job, trainer, saves, say), _remaining(run, job, parts, attempt) as feed:
                 trainer.fit(feed, observers, Agreement(trainer.ranks, _wishes(run, saves, signals)))
                 fitted = True
-        evaluates = bool(parts.val or parts.test)
-        return ending.ended(run, job.run.name, trainer, parts.epoch_of, evaluates, signals, console)
+        return ending.ended(run, job.run.name, trainer, parts.epoch_of, bool(parts.val or parts.test), signals, console)
     except Exception as error:
         cause = diagnosis.explained(error, trainer, parts.steps, filter(None, (parts.val, parts.test)))
         ending.failed(run, trainer, attempt, cause)
@@ -263,9 +267,8 @@ def _observers(
         names: list[str] = distributed.from_rank_0(lambda: run.metrics.names_at(step))
         return names
 
-    evaluation = Evaluation(
-        partial(parts.evaluates_after, job), whole(parts.val, job, device), whole(parts.test, job, device), reported
-    )
+    val, test = whole(parts.val, job, device), whole(parts.test, job, device)
+    evaluation = Evaluation(partial(parts.evaluates_after, job), val, test, reported)
     progress, leads = ProgressBar(console), parts.trainer.ranks.leads
     sinks = [run.metrics.append, progress.show] if leads else []
     amend = run.metrics.open if leads else lambda step, values: None
@@ -292,7 +295,6 @@ def _announce(run: Run, job: Job, parts: Parts, console: Console) -> None:
     console.print(
         f"{job.run.name}: {start} in {storage.shown(run.url)}\n"
         f"{parameters} parameters, {sampler.size} training samples, {trainer.total_steps} "
-        f"steps of {sampler.global_batch_size}, "
-        f"{ranks} on {trainer.device}",
+        f"steps of {sampler.global_batch_size}, {ranks} on {trainer.device}",
         **PLAIN,
     )

@@ -13,6 +13,7 @@ import torch
 
 import toolkit
 from toolkit import distributed
+from toolkit.drift import moved
 from toolkit.errors import JobError
 from toolkit.provenance import source_code
 
@@ -55,6 +56,17 @@ def refuse_odd(found: Sequence[Mapping[str, Any]]) -> None:
             "the ranks are not of one world:\n  " + "\n  ".join(lines[:8]) + more +
             "\ngive every node the same code, packages, image and OMP_NUM_THREADS"
         )  # fmt: skip
+
+
+def see_the_same(data: Mapping[str, Any]) -> None:
+    """Raises JobError on every rank if one knows other things of the training set than rank 0."""
+    found = distributed.gathered(dict(data))
+    for rank, other in enumerate(found):
+        if lines := moved(found[0], other):
+            raise JobError(
+                f"rank {rank} sees other training data than rank 0:\n  " + "\n  ".join(lines) +
+                "\ngive every node the same data, and leave them as they are while a run starts"
+            )  # fmt: skip
 
 
 def describe() -> dict[str, Any]:

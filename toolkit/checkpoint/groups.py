@@ -25,7 +25,7 @@ def to_groups(state: Any, trained: Mapping[str, nn.Parameter]) -> list[Group]:
 
     Left out are the keys in the state's `derived`, if it has such. Raises RunError for what JSON cannot hold.
     """
-    names, defaults = {parameter: name for name, parameter in trained.items()}, state.optimizer.defaults
+    names, defaults = {parameter: name for name, parameter in trained.items()}, getattr(state.optimizer, "defaults", {})
     left_out = _OF_THE_PROCESS.union(getattr(state, "derived", ()))
     groups = []
     for group in state.optimizer.param_groups:
@@ -51,7 +51,7 @@ def from_groups(
     The job may group its parameters otherwise than then: a value comes back if it was the same for all parameters that
     are one group now. What the checkpoint knows nothing of stays as it is.
     """
-    names, defaults = {parameter: name for name, parameter in trained.items()}, state.optimizer.defaults
+    names, defaults = {parameter: name for name, parameter in trained.items()}, getattr(state.optimizer, "defaults", {})
     left_out = _OF_THE_PROCESS.union(getattr(state, "derived", ()))
     of = {name: group for group in saved for name in group.parameters}
     updates, wrong = [], []
