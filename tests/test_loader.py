@@ -1,5 +1,6 @@
 """Steps -> batches: any kind of dataset, the same samples and the same augmentation however the work is divided."""
 
+import multiprocessing
 import os
 import random
 import re
@@ -467,6 +468,19 @@ list(batches(steps, 0, 4, 1, CPU))
     as_a_rank = [sys.executable, "-X", "faulthandler", "-c", reads]
     ended = subprocess.run(as_a_rank, capture_output=True, text=True, timeout=60, check=False)
     assert "is killed by signal: Aborted" in ended.stderr
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_start_whatever_way_python_starts_processes_by_default(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_START_S", 3.0)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        assert len(list(batches(training(Items(), batch=8), 0, 2, 1, CPU))) == 2
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
     assert "Fatal Python error" not in ended.stderr  # stacks written beside a running thread end in SIGSEGV at times
 
 

@@ -61,6 +61,7 @@ def by_workers(steps: Any, numbers: range, workers: int, pin_memory: bool) -> It
                 collate_fn=_unchanged,
                 pin_memory=pin_memory,
                 worker_init_fn=partial(_worker_starts, start),
+                multiprocessing_context="fork",  # the pipe goes to a child by its number
                 generator=torch.Generator(),  # or it would draw from the global one, and the run would drift
             )
             before = {child.pid for child in multiprocessing.active_children()}
