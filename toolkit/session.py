@@ -193,7 +193,8 @@ def _open(run: Run, job: Job, parts: Parts, machine: dict[str, Any], command: Se
     written, before, say = job.as_written(), run.status() or {}, _to(console)
     run.refuse_drift(written, parts.resolved)
     persistence.check_origin(run, job, parts.trainer)
-    check_workers(parts.steps, job.data.workers, machine["hosts"].count(machine["host"]))
+    evaluations = [share for share in (parts.val, parts.test) if share]
+    check_workers(parts.steps, evaluations, job.data.workers, machine["hosts"].count(machine["host"]))
     attempt = run.open(dump(written), written, parts.resolved, command, machine, say)
     ending.silent(run, before, machine, say)
     return attempt
