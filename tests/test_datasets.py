@@ -268,6 +268,12 @@ def test_synthetic_images_are_a_pattern_a_class_under_bounded_noise() -> None:
     assert len(patterns.unique(dim=0)) == len(classes.unique()) == 3
     difference = noisy.gather(np.arange(200))[0] - patterns
     assert 0.45 < difference.abs().max() <= 0.5 + 1e-6
+@pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf")])
+def test_noise_that_there_cannot_be_is_refused(noise: float) -> None:
+    with pytest.raises(JobError, match=rf"noise is {noise}; it must be at least 0"):
+        Synthetic(noise=noise)
+
+
 
 
 @pytest.mark.parametrize("size", [2, 3, 10, 1438])
