@@ -27,7 +27,8 @@ from toolkit.datasets.synthetic import Synthetic
 from toolkit.datasets.table import Table
 from toolkit.datasets.text import Text
 from toolkit.datasets.tokens import Tokens
-from toolkit.errors import JobError
+from toolkit.errors import JobError, RunError
+from toolkit.secret import Secret
 
 POEM = "Größe: a naïve café ☕\nthe quick brown fox jumps over the lazy dog 0123456789\n" * 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 5, 4), np.uint8)
@@ -180,8 +181,10 @@ def test_what_was_fetched_once_needs_no_network(tmp_path: Path) -> None:
 def test_a_failed_download_is_said_and_leaves_nothing(tmp_path: Path, content: bytes | None, words: str) -> None:
     if content:
         (tmp_path / "file").write_bytes(content)
-    with pytest.raises(JobError, match=rf"file {words}"):
-        fetched(f"file://{tmp_path}/file", "0" * 64, str(tmp_path / "cache"))
+    url = Secret(f"file://{tmp_path}/file", "${env:KEY}/file")
+    with pytest.raises(RunError, match=rf"^\$\{{env:KEY\}}/file {words}") as told:
+        fetched(url, "0" * 64, str(tmp_path / "cache"))
+    assert str(tmp_path) not in str(told.value)
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] in (["lock"], [])
 
 
