@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import re
 import threading
 import tracemalloc
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.test_images import put_cifar
+from tests.test_images import put_cifar, put_images
 from tests.test_tables import put_csv
 from tests.test_tokens import put_tokens
-from toolkit import storage
+from toolkit import datasets, storage
+from toolkit.config import Component
 from toolkit.datasets import download
 from toolkit.datasets.cifar import Cifar10
 from toolkit.datasets.digits import Digits
@@ -265,18 +267,18 @@ def test_synthetic_tokens_count_up_by_a_step_of_one_to_eight() -> None:
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
-def test_synthetic_images_are_a_pattern_a_class_under_bounded_noise() -> None:
-    still, noisy = (Synthetic(size=200, shape=(6,), num_classes=3, noise=noise) for noise in (0.0, 0.5))
-    patterns, classes = still.gather(np.arange(200))
-    assert len(patterns.unique(dim=0)) == len(classes.unique()) == 3
-    difference = noisy.gather(np.arange(200))[0] - patterns
-    assert 0.45 < difference.abs().max() <= 0.5 + 1e-6
 @pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf")])
 def test_noise_that_there_cannot_be_is_refused(noise: float) -> None:
     with pytest.raises(JobError, match=rf"noise is {noise}; it must be at least 0"):
         Synthetic(noise=noise)
 
 
+def test_synthetic_images_are_a_pattern_a_class_under_bounded_noise() -> None:
+    still, noisy = (Synthetic(size=200, shape=(6,), num_classes=3, noise=noise) for noise in (0.0, 0.5))
+    patterns, classes = still.gather(np.arange(200))
+    assert len(patterns.unique(dim=0)) == len(classes.unique()) == 3
+    difference = noisy.gather(np.arange(200))[0] - patterns
+    assert 0.45 < difference.abs().max() <= 0.5 + 1e-6
 
 
 @pytest.mark.parametrize("size", [2, 3, 10, 1438])
@@ -308,3 +310,90 @@ def test_original_gives_the_numbers_of_the_samples_in_the_whole() -> None:
 def test_a_single_sample_cannot_be_split() -> None:
     with pytest.raises(JobError, match="1 training samples cannot be split"):
         held_out(range(1), 0.5, seed=0)
+
+
+@pytest.fixture
+def two_of_each(tmp_path: Path) -> str:
+    """Under a and b: texts, pictures, tables and digits whose numbers mean different things."""
+    for side, letters, animals, values in (("a", "abcdefgh", "cde", (1, 2, 3)), ("b", "defgh", "ce", (1, 2, 9))):
+        storage.write(str(tmp_path / side / "text"), letters.encode() * 99)
+        put_images(str(tmp_path / side / "images"), animals, each=1)
+        rows = "".join(f"{value},{'xy'[value % 2]}\n" for value in values)
+        storage.write(str(tmp_path / side / "table.csv"), b"size,y\n" + rows.encode())
+        put_mnist(str(tmp_path / side))
+    return str(tmp_path)
+
+
+def built(key: str, name: str, args: dict[str, Any], train: Any = None) -> Any:
+    return datasets.build(key, Component(name=name, args=args), train)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "words"),
+    [
+        (
+            ("text", {"path": "{}/a/text", "context": 4}),
+            ("text", {"path": "{}/b/text", "context": 4}),
+            "its alphabet from 0 on are ['d', 'e', 'f'], and there ['a', 'b', 'c']; take both from one file with split",
+        ),
+        (
+            ("image_folder", {"root": "{}/a/images"}),
+            ("image_folder", {"root": "{}/b/images"}),
+            "its classes from 1 on are ['e'], and there ['d', 'e']; put both folders under one root",
+        ),
+        (
+            ("table", {"path": "{}/a/table.csv", "target": "y"}),
+            ("table", {"path": "{}/b/table.csv", "target": "y"}),
+            "its scales from 0 on are [('size', 4.0, 3.559",
+        ),
+        (
+            ("table", {"path": "{}/a/table.csv", "target": "y", "split": "train"}),
+            ("table", {"path": "{}/b/table.csv", "target": "y", "like": "{}/a/table.csv"}),
+            "take both from one file with split, or train on a file with split: all and give its path here as like",
+        ),
+        (
+            ("digits", {"digits": [3, 5]}),
+            ("digits", {"digits": [5, 3]}),
+            "its classes from 0 on are [5, 3], and there [3, 5]; give both the same digits",
+        ),
+        (
+            ("mnist", {"root": "{}/a"}),
+            ("fashion_mnist", {"root": "{}/b"}),
+            "its classes from 0 on are ['T-shirt', 'trouser', 'pullover'], and there [0, 1, 2]; make them the same",
+        ),
+        (
+            ("synthetic", {"kind": "tokens", "vocab_size": 9}),
+            ("synthetic", {"kind": "tokens", "vocab_size": 8}),
+            "its vocab_size is 8, not 9; make them the same",
+        ),
+    ],
+)
+def test_a_set_whose_numbers_mean_something_else_than_in_training_is_refused(
+    two_of_each: str, train: Any, val: Any, words: str
+) -> None:
+    (name, args), (other, others) = train, val
+
+    def placed(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value.format(two_of_each) if isinstance(value, str) else value for key, value in values.items()}
+
+    trained = built("data.train", name, placed(args))
+    with pytest.raises(JobError, match=re.escape(words)) as refused:
+        built("data.val", other, placed(others), trained)
+    assert str(refused.value).startswith(f"data.val {other!r} is not like data.train: ")
+
+
+def test_a_set_whose_numbers_mean_the_same_as_in_training_is_taken(two_of_each: str) -> None:
+    text, table = {"path": f"{two_of_each}/a/text", "context": 4}, {"path": f"{two_of_each}/a/table.csv", "target": "y"}
+    small = {"path": f"{two_of_each}/small.csv", "target": "y", "like": table["path"]}
+    storage.write(small["path"], b"y,size\nx,2\n")
+    held = {"split": "test", "test_fraction": 0.4}
+    for name, args, others in (
+        ("text", text, text | {"split": "val", "context": 8}),
+        ("table", table, small),
+        ("table", table | held | {"split": "train"}, table | held),
+        ("digits", {}, {"split": "test"}),
+        ("digits", {"digits": [3, 5]}, {"split": "test", "digits": [3, 5]}),
+        ("image_folder", {"root": f"{two_of_each}/a/images", "size": 8}, {"root": f"{two_of_each}/a/images"}),
+    ):
+        assert built("data.val", name, others, built("data.train", name, args))
+    assert built("data.val", "digits", {}, train=range(9)), "of what training does not say there is nothing to compare"

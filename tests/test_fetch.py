@@ -145,6 +145,8 @@ def test_data_that_lie_elsewhere_are_looked_at(mine: Workplace) -> None:
     assert "data.train: 266 samples of table" in mine.run("fetch", "jobs/table_mlp.yaml")
     message = mine.refused("fetch", "jobs/table_mlp.yaml", "data.train.args.path=nowhere.csv")
     assert "table nowhere.csv cannot be read" in message
+    message = mine.refused("fetch", "jobs/table_mlp.yaml", "data.test.args.features=[island]")
+    assert "data.test 'table' is not like data.train: its columns from 0 on are ['island=Biscoe'" in message
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ def test_evaluate_refuses_a_folder_that_is_no_run(workplace: Workplace) -> None:
         ("data.train=mine:Empty", ["data.train 'mine:Empty' is empty; it needs at least one sample"]),
         ("data.train=mine:Endless", ["'mine:Endless' is an IterableDataset", "no index", "__len__ and __getitem__"]),
         ("data.train=mine:Wide", ["model, data and task do not fit together", "shapes cannot be multiplied"]),
+        ("data.val={name: synthetic, args: {num_classes: 5}}", ["data.val 'synthetic' is not like data.train"]),
+        ("data.test={name: synthetic, args: {num_classes: 5}}", ["its num_classes is 5, not 3; make them the same"]),
         ("model=mlpp", ["model 'mlpp' is unknown; did you mean 'mlp'? Known: cnn, gpt, mlp, resnet, vit"]),
         ("model.args.hiden=[3]", ["unknown argument 'hiden'; did you mean 'hidden'? Allowed: input_shape"]),
         ("data.train=text", ["data.train 'text': argument 'path' is missing; add it under args"]),

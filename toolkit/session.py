@@ -82,12 +82,12 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
     job.check_ranks(ranks.world_size)
     data = datasets.build("data.train", job.data.train)
     shapes = datasets.shapes(data)
+    test = datasets.build("data.test", job.data.test, data) if job.data.test else None
     val: Any = None
     if isinstance(job.data.val, Fraction):
         data, val = held_out(data, job.data.val.fraction, job.run.seed)
     elif job.data.val:
-        val = datasets.build("data.val", job.data.val)
-    test = datasets.build("data.test", job.data.test) if job.data.test else None
+        val = datasets.build("data.val", job.data.val, data)
     transforms = [components.build("data.transforms", transform, TRANSFORMS) for transform in job.data.transforms]
     sampler = ElasticDistributedSampler(
         data, ranks.world_size, ranks.rank, seed=job.run.seed, global_batch_size=job.data.global_batch_size

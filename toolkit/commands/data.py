@@ -19,5 +19,6 @@ def fetch(job: JobFile, overrides: Overrides = None, debug: Debug = False) -> No
         print(f"{storage.shown(file.url)}: {file.ensure()}, {file.path.stat().st_size} bytes in {file.path}")
     train = None
     for key, one in named.items():
-        dataset = datasets.build(key, one)
+        dataset = datasets.build(key, one, train)
+        train = dataset if train is None else train
         print(f"{key}: {len(dataset)} samples of {one.name}")
