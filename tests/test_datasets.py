@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import inspect
 import os
 import re
 import threading
@@ -17,9 +18,9 @@ from torch.utils.data import DataLoader
 from tests.test_images import put_cifar, put_images
 from tests.test_tables import put_csv
 from tests.test_tokens import put_tokens
-from toolkit import datasets, storage
+from toolkit import components, datasets, storage
 from toolkit.config import Component
-from toolkit.datasets import download
+from toolkit.datasets import DATASETS, download
 from toolkit.datasets.cifar import Cifar10
 from toolkit.datasets.digits import Digits
 from toolkit.datasets.download import fetched
@@ -397,3 +398,57 @@ def test_a_set_whose_numbers_mean_the_same_as_in_training_is_taken(two_of_each: 
     ):
         assert built("data.val", name, others, built("data.train", name, args))
     assert built("data.val", "digits", {}, train=range(9)), "of what training does not say there is nothing to compare"
+
+
+def put_text(root: str) -> str:
+    storage.write(storage.join(root, "text"), POEM.encode())
+    return storage.join(root, "text")
+
+
+TAKE_A_URL = {
+    "cifar10": (put_cifar, "root", {}),
+    "fashion_mnist": (put_mnist, "root", {}),
+    "image_folder": (put_images, "root", {}),
+    "mnist": (put_mnist, "root", {}),
+    "table": (put_csv, "path", {"target": "y"}),
+    "text": (put_text, "path", {}),
+    "tokens": (put_tokens, "path", {"vocab_size": 500, "context": 8}),
+}
+
+
+def spoil(url: str) -> None:
+    """Make every file below a URL one byte that none of them may be."""
+    files = storage.sizes(url)
+    for name in storage.names(url):
+        if name in files:
+            storage.write(storage.join(url, name), b"\xff")
+        else:
+            spoil(storage.join(url, name))
+
+
+@pytest.mark.parametrize("name", TAKE_A_URL)
+@pytest.mark.parametrize("state", ["whole", "spoilt", "missing"])
+def test_words_about_a_secret_url_show_where_it_came_from_and_never_what_it_says(name: str, state: str) -> None:
+    root = Secret("memory://hunter2", "${env:KEY}")
+    put, argument, args = TAKE_A_URL[name]
+    url = put(root)
+    if state == "spoilt":
+        spoil(root)
+    if state == "missing":
+        storage.remove(root)
+    try:
+        dataset = built("data.train", name, args | {argument: url})
+        said = dataset.source
+        dataset[0]
+    except ValueError as error:  # of which a JobError is one
+        said = str(error)
+        assert state != "whole"
+    finally:
+        storage.remove(root)
+    assert "${env:KEY}" in said
+    assert "hunter2" not in said
+
+
+def test_every_dataset_that_takes_a_url_is_asked_for_its_words_about_it() -> None:
+    taken = {name: inspect.signature(components.find("data", name, DATASETS)).parameters for name in DATASETS}
+    assert {name for name, arguments in taken.items() if {"path", "root"} & arguments.keys()} == TAKE_A_URL.keys()
