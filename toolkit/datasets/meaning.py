@@ -2,7 +2,6 @@
 other, and nothing fails.
 """
 
-from itertools import zip_longest
 from typing import Any
 
 from toolkit.errors import JobError
@@ -44,6 +43,7 @@ def _told(name: str, own: Any, known: Any) -> str:
     """The first of what differs, on both sides."""
     if isinstance(own, int) or isinstance(known, int):
         return f"its {name} is {own!r}, not {known!r}"
-    first = next(at for at, (one, other) in enumerate(zip_longest(own, known)) if one != other)
+    differ = (at for at, (one, other) in enumerate(zip(own, known, strict=False)) if one != other)
+    first = next(differ, min(len(own), len(known)))
     few = slice(first, first + 3)
     return f"its {name} from {first} on are {own[few]!r}, and there {known[few]!r}"
