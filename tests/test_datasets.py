@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import inspect
 import os
+import re
 import threading
 import tracemalloc
 from pathlib import Path
@@ -13,11 +15,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.test_images import put_cifar
+from tests.test_images import put_cifar, put_images
 from tests.test_tables import put_csv
 from tests.test_tokens import put_tokens
-from toolkit import storage
-from toolkit.datasets import download
+from toolkit import components, datasets, storage
+from toolkit.config import Component
+from toolkit.datasets import DATASETS, download
 from toolkit.datasets.cifar import Cifar10
 from toolkit.datasets.digits import Digits
 from toolkit.datasets.download import fetched
@@ -27,7 +30,8 @@ from toolkit.datasets.synthetic import Synthetic
 from toolkit.datasets.table import Table
 from toolkit.datasets.text import Text
 from toolkit.datasets.tokens import Tokens
-from toolkit.errors import JobError
+from toolkit.errors import JobError, RunError
+from toolkit.secret import Secret
 
 POEM = "Größe: a naïve café ☕\nthe quick brown fox jumps over the lazy dog 0123456789\n" * 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 5, 4), np.uint8)
@@ -180,8 +184,10 @@ def test_what_was_fetched_once_needs_no_network(tmp_path: Path) -> None:
 def test_a_failed_download_is_said_and_leaves_nothing(tmp_path: Path, content: bytes | None, words: str) -> None:
     if content:
         (tmp_path / "file").write_bytes(content)
-    with pytest.raises(JobError, match=rf"file {words}"):
-        fetched(f"file://{tmp_path}/file", "0" * 64, str(tmp_path / "cache"))
+    url = Secret(f"file://{tmp_path}/file", "${env:KEY}/file")
+    with pytest.raises(RunError, match=rf"^\$\{{env:KEY\}}/file {words}") as told:
+        fetched(url, "0" * 64, str(tmp_path / "cache"))
+    assert str(tmp_path) not in str(told.value)
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] in (["lock"], [])
 
 
@@ -262,6 +268,12 @@ def test_synthetic_tokens_count_up_by_a_step_of_one_to_eight() -> None:
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
+@pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf")])
+def test_noise_that_there_cannot_be_is_refused(noise: float) -> None:
+    with pytest.raises(JobError, match=rf"noise is {noise}; it must be at least 0"):
+        Synthetic(noise=noise)
+
+
 def test_synthetic_images_are_a_pattern_a_class_under_bounded_noise() -> None:
     still, noisy = (Synthetic(size=200, shape=(6,), num_classes=3, noise=noise) for noise in (0.0, 0.5))
     patterns, classes = still.gather(np.arange(200))
@@ -299,3 +311,144 @@ def test_original_gives_the_numbers_of_the_samples_in_the_whole() -> None:
 def test_a_single_sample_cannot_be_split() -> None:
     with pytest.raises(JobError, match="1 training samples cannot be split"):
         held_out(range(1), 0.5, seed=0)
+
+
+@pytest.fixture
+def two_of_each(tmp_path: Path) -> str:
+    """Under a and b: texts, pictures, tables and digits whose numbers mean different things."""
+    for side, letters, animals, values in (("a", "abcdefgh", "cde", (1, 2, 3)), ("b", "defgh", "ce", (1, 2, 9))):
+        storage.write(str(tmp_path / side / "text"), letters.encode() * 99)
+        put_images(str(tmp_path / side / "images"), animals, each=1)
+        rows = "".join(f"{value},{'xy'[value % 2]}\n" for value in values)
+        storage.write(str(tmp_path / side / "table.csv"), b"size,y\n" + rows.encode())
+        put_mnist(str(tmp_path / side))
+    return str(tmp_path)
+
+
+def built(key: str, name: str, args: dict[str, Any], train: Any = None) -> Any:
+    return datasets.build(key, Component(name=name, args=args), train)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "words"),
+    [
+        (
+            ("text", {"path": "{}/a/text", "context": 4}),
+            ("text", {"path": "{}/b/text", "context": 4}),
+            "its alphabet from 0 on are ['d', 'e', 'f'], and there ['a', 'b', 'c']; take both from one file with split",
+        ),
+        (
+            ("image_folder", {"root": "{}/a/images"}),
+            ("image_folder", {"root": "{}/b/images"}),
+            "its classes from 1 on are ['e'], and there ['d', 'e']; put both folders under one root",
+        ),
+        (
+            ("table", {"path": "{}/a/table.csv", "target": "y"}),
+            ("table", {"path": "{}/b/table.csv", "target": "y"}),
+            "its scales from 0 on are [('size', 4.0, 3.559",
+        ),
+        (
+            ("table", {"path": "{}/a/table.csv", "target": "y", "split": "train"}),
+            ("table", {"path": "{}/b/table.csv", "target": "y", "like": "{}/a/table.csv"}),
+            "take both from one file with split, or train on a file with split: all and give its path here as like",
+        ),
+        (
+            ("digits", {"digits": [3, 5]}),
+            ("digits", {"digits": [5, 3]}),
+            "its classes from 0 on are [5, 3], and there [3, 5]; give both the same digits",
+        ),
+        (
+            ("mnist", {"root": "{}/a"}),
+            ("fashion_mnist", {"root": "{}/b"}),
+            "its classes from 0 on are ['T-shirt', 'trouser', 'pullover'], and there [0, 1, 2]; make them the same",
+        ),
+        (
+            ("synthetic", {"kind": "tokens", "vocab_size": 9}),
+            ("synthetic", {"kind": "tokens", "vocab_size": 8}),
+            "its vocab_size is 8, not 9; make them the same",
+        ),
+    ],
+)
+def test_a_set_whose_numbers_mean_something_else_than_in_training_is_refused(
+    two_of_each: str, train: Any, val: Any, words: str
+) -> None:
+    (name, args), (other, others) = train, val
+
+    def placed(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value.format(two_of_each) if isinstance(value, str) else value for key, value in values.items()}
+
+    trained = built("data.train", name, placed(args))
+    with pytest.raises(JobError, match=re.escape(words)) as refused:
+        built("data.val", other, placed(others), trained)
+    assert str(refused.value).startswith(f"data.val {other!r} is not like data.train: ")
+
+
+def test_a_set_whose_numbers_mean_the_same_as_in_training_is_taken(two_of_each: str) -> None:
+    text, table = {"path": f"{two_of_each}/a/text", "context": 4}, {"path": f"{two_of_each}/a/table.csv", "target": "y"}
+    small = {"path": f"{two_of_each}/small.csv", "target": "y", "like": table["path"]}
+    storage.write(small["path"], b"y,size\nx,2\n")
+    held = {"split": "test", "test_fraction": 0.4}
+    for name, args, others in (
+        ("text", text, text | {"split": "val", "context": 8}),
+        ("table", table, small),
+        ("table", table | held | {"split": "train"}, table | held),
+        ("digits", {}, {"split": "test"}),
+        ("digits", {"digits": [3, 5]}, {"split": "test", "digits": [3, 5]}),
+        ("image_folder", {"root": f"{two_of_each}/a/images", "size": 8}, {"root": f"{two_of_each}/a/images"}),
+    ):
+        assert built("data.val", name, others, built("data.train", name, args))
+    assert built("data.val", "digits", {}, train=range(9)), "of what training does not say there is nothing to compare"
+
+
+def put_text(root: str) -> str:
+    storage.write(storage.join(root, "text"), POEM.encode())
+    return storage.join(root, "text")
+
+
+TAKE_A_URL = {
+    "cifar10": (put_cifar, "root", {}),
+    "fashion_mnist": (put_mnist, "root", {}),
+    "image_folder": (put_images, "root", {}),
+    "mnist": (put_mnist, "root", {}),
+    "table": (put_csv, "path", {"target": "y"}),
+    "text": (put_text, "path", {}),
+    "tokens": (put_tokens, "path", {"vocab_size": 500, "context": 8}),
+}
+
+
+def spoil(url: str) -> None:
+    """Make every file below a URL one byte that none of them may be."""
+    files = storage.sizes(url)
+    for name in storage.names(url):
+        if name in files:
+            storage.write(storage.join(url, name), b"\xff")
+        else:
+            spoil(storage.join(url, name))
+
+
+@pytest.mark.parametrize("name", TAKE_A_URL)
+@pytest.mark.parametrize("state", ["whole", "spoilt", "missing"])
+def test_words_about_a_secret_url_show_where_it_came_from_and_never_what_it_says(name: str, state: str) -> None:
+    root = Secret("memory://hunter2", "${env:KEY}")
+    put, argument, args = TAKE_A_URL[name]
+    url = put(root)
+    if state == "spoilt":
+        spoil(root)
+    if state == "missing":
+        storage.remove(root)
+    try:
+        dataset = built("data.train", name, args | {argument: url})
+        said = dataset.source
+        dataset[0]
+    except ValueError as error:  # of which a JobError is one
+        said = str(error)
+        assert state != "whole"
+    finally:
+        storage.remove(root)
+    assert "${env:KEY}" in said
+    assert "hunter2" not in said
+
+
+def test_every_dataset_that_takes_a_url_is_asked_for_its_words_about_it() -> None:
+    taken = {name: inspect.signature(components.find("data", name, DATASETS)).parameters for name in DATASETS}
+    assert {name for name, arguments in taken.items() if {"path", "root"} & arguments.keys()} == TAKE_A_URL.keys()

@@ -145,6 +145,8 @@ def test_data_that_lie_elsewhere_are_looked_at(mine: Workplace) -> None:
     assert "data.train: 266 samples of table" in mine.run("fetch", "jobs/table_mlp.yaml")
     message = mine.refused("fetch", "jobs/table_mlp.yaml", "data.train.args.path=nowhere.csv")
     assert "table nowhere.csv cannot be read" in message
+    message = mine.refused("fetch", "jobs/table_mlp.yaml", "data.test.args.features=[island]")
+    assert "data.test 'table' is not like data.train: its columns from 0 on are ['island=Biscoe'" in message
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_a_wrong_job_is_refused_with_nothing_fetched(mine: Workplace, change: st
 def test_a_file_that_is_not_the_one_expected_is_refused_and_not_kept(mine: Workplace) -> None:
     text = (mine.folder / "mine.py").read_text()
     mine.write("mine.py", text.replace(hashlib.sha256(LABELS).hexdigest(), "0" * 64))
-    message = mine.run("fetch", "mine.yaml", status=2)
+    message = mine.run("fetch", "mine.yaml", status=1)
     assert "train-labels-idx1-ubyte.gz is damaged: 72 bytes with SHA-256" in message
     assert "Traceback" not in message
     assert kept(mine.folder) == {"train-images-idx3-ubyte.gz": IMAGES}

@@ -223,6 +223,8 @@ def test_a_grey_picture_has_three_equal_channels(tmp_path: Path) -> None:
     [
         (b"", "cannot identify image file"),
         (b"<html>404</html>", "cannot identify image file"),
+        (encoded(kind="eps"), "cannot identify image file .*it must be one of BMP, GIF, JPEG, PNG, TIFF, WEBP"),
+        (encoded(kind="ppm"), "cannot identify image file"),
         (encoded(PICTURE, "jpeg")[:999], "truncated"),
         (encoded(PICTURE, "png")[:999], ""),
         (encoded(PICTURE, "png").replace(b"IDAT", b"IDOT", 1), ""),

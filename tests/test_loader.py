@@ -1,5 +1,6 @@
 """Steps -> batches: any kind of dataset, the same samples and the same augmentation however the work is divided."""
 
+import multiprocessing
 import os
 import random
 import re
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from math import inf, nan
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from toolkit.datasets import workers
 from toolkit.datasets.digits import Digits
-from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches
+from toolkit.datasets.loader import EvaluationSteps, TrainingSteps, batches, check_workers
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
 from toolkit.datasets.synthetic import Synthetic
@@ -87,6 +90,11 @@ class Drawing(Items):
 class DrawingTogether(Drawing):
     def __getitems__(self, indices: list[int]) -> Any:
         return [self[index] for index in indices]
+
+
+class DrawingInGather(Drawing):
+    def gather(self, indices: Any) -> Any:
+        return torch.stack([self[index][0] for index in indices.tolist()]), torch.from_numpy(indices)
 
 
 class Broken(Items):
@@ -174,11 +182,10 @@ def test_any_kind_of_dataset_gives_its_samples_in_order(kind: type[Items], worke
         assert torch.equal(batch.target, numbers * 10)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_reading_leaves_the_generator_of_the_model_alone(workers: int) -> None:
+def test_workers_leave_the_generator_of_their_rank_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    list(batches(training(Digits()), 0, 2, workers, CPU))
+    list(batches(training(Digits()), 0, 2, 2, CPU))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -316,7 +323,11 @@ def test_a_dataset_that_draws_by_itself_draws_the_same_however_the_work_is_divid
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("dataset", [DrawingTogether(), Subset(Drawing(), range(40))], ids=["own", "subset"])
+@pytest.mark.parametrize(
+    "dataset",
+    [DrawingTogether(), Subset(Drawing(), range(40)), DrawingInGather()],
+    ids=["own", "subset", "gather"],
+)
 def test_a_dataset_that_draws_batch_by_batch_draws_the_same_after_a_resume(dataset: Any, workers: int) -> None:
     undisturbed = inputs_of(dataset, 1, None, 0)
     seed_everything(99)  # whatever a start has drawn before its first step
@@ -412,10 +423,26 @@ def test_normalise_takes_one_value_a_channel_or_one_for_all(shape: tuple[int, ..
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda: Crop(0), lambda: Mixup(0.0), lambda: Normalise(0.0, 0.0), lambda: Normalise([0, 0], [1, -1])]
+    ("wrong", "words"),
+    [
+        (lambda: Crop(0), "padding is 0 pixels; use at least 1"),
+        (lambda: Flip(5.0), "p is 5.0; a probability is at least 0 and at most 1"),
+        (lambda: Flip(-1.0), "p is -1.0"),
+        (lambda: Flip(nan), "p is nan"),
+        (lambda: Mixup(0.0), "alpha is 0.0; it must be above 0"),
+        (lambda: Mixup(nan), "alpha is nan"),
+        (lambda: Mixup(inf), "alpha is inf"),
+        (lambda: Normalise(0.0, 0.0), "std is 0.0; every value must be above 0"),
+        (lambda: Normalise([0, 0], [1, -1]), r"std is \[1, -1\]"),
+        (lambda: Normalise(0.0, nan), "std is nan"),
+        (lambda: Normalise(nan, 1.0), "give finite numbers"),
+        (lambda: Normalise(0.0, inf), "give finite numbers"),
+        (lambda: Normalise([0.1, 0.2], [1.0] * 3), "one for all channels or one for each"),
+        (lambda: Normalise([], 1.0), "one for all channels or one for each"),
+    ],
 )
-def test_a_transform_that_could_not_work_is_refused(wrong: Any) -> None:
-    with pytest.raises(JobError, match="at least 1|above 0"):
+def test_a_transform_that_could_not_work_is_refused(wrong: Any, words: str) -> None:
+    with pytest.raises(JobError, match=words):
         wrong()
 
 
@@ -438,6 +465,19 @@ def test_a_worker_that_its_fork_has_left_with_a_held_lock_is_replaced(monkeypatc
     steps = TrainingSteps(Items(), ElasticDistributedSampler(range(40), 1, 0, global_batch_size=8))
     assert len(list(batches(steps, 0, 4, 2, CPU))) == 4
     assert len(loaders) == 2
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_start_whatever_way_python_starts_processes_by_default(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_START_S", 3.0)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        assert len(list(batches(training(Items(), batch=8), 0, 2, 1, CPU))) == 2
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_workers_that_never_start_are_said_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,9 +512,21 @@ list(batches(steps, 0, 4, 1, CPU))
 
 def test_workers_whose_steps_have_no_room_in_shared_memory_are_refused() -> None:
     free = shutil.disk_usage("/dev/shm").free
-    refuse_small_memory([free // 8], workers=2, ranks=1)
+    refuse_small_memory([free // 8] * 7, workers=2, ranks=1)
     with pytest.raises(JobError, match=r"data.workers=2 hand on up to .* MiB at a time through /dev/shm, where"):
-        refuse_small_memory([free // 6], workers=2, ranks=1)
-    with pytest.raises(JobError, match="or set fewer workers, data.workers=0 for none"):
-        refuse_small_memory([free // 8], workers=2, ranks=2)
-    refuse_small_memory([free], workers=0, ranks=8)
+        refuse_small_memory([free // 6] * 7, workers=2, ranks=1)
+    with pytest.raises(JobError, match=r"or set a smaller eval.batch_size or fewer workers, data.workers=0 for none"):
+        refuse_small_memory([free // 8] * 7, workers=2, ranks=2)
+
+
+def test_what_evaluation_holds_in_shared_memory_is_added_to_what_training_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = SimpleNamespace(f_bavail=64 << 8, f_frsize=4096)  # 64 MiB, a container's default
+    monkeypatch.setattr(workers.os, "statvfs", lambda path: free)
+    steps = training(Synthetic(size=45_000, shape=(3, 32, 32)), batch=128)
+    val, short = (EvaluationSteps(Synthetic(size=size, shape=(3, 32, 32)), 1000, 0, 1) for size in (5000, 1000))
+    check_workers(steps, [short], workers=2, ranks=1)  # which is one step, whatever workers could hold
+    with pytest.raises(JobError, match="data.workers=2 hand on up to 69.2 MiB at a time"):
+        check_workers(steps, [short, val], workers=2, ranks=1)
+    check_workers(steps, [val], workers=0, ranks=8)

@@ -16,7 +16,7 @@ from tests.campaigns import starts
 from tests.conftest import ROOT, Workplace
 from toolkit.datasets.download import fetched
 from toolkit.datasets.sampler import ElasticDistributedSampler
-from toolkit.errors import JobError
+from toolkit.errors import RunError
 from toolkit.storage.budget import patience
 
 
@@ -141,6 +141,8 @@ def test_evaluate_refuses_a_folder_that_is_no_run(workplace: Workplace) -> None:
         ("data.train=mine:Empty", ["data.train 'mine:Empty' is empty; it needs at least one sample"]),
         ("data.train=mine:Endless", ["'mine:Endless' is an IterableDataset", "no index", "__len__ and __getitem__"]),
         ("data.train=mine:Wide", ["model, data and task do not fit together", "shapes cannot be multiplied"]),
+        ("data.val={name: synthetic, args: {num_classes: 5}}", ["data.val 'synthetic' is not like data.train"]),
+        ("data.test={name: synthetic, args: {num_classes: 5}}", ["its num_classes is 5, not 3; make them the same"]),
         ("model=mlpp", ["model 'mlpp' is unknown; did you mean 'mlp'? Known: cnn, gpt, mlp, resnet, vit"]),
         ("model.args.hiden=[3]", ["unknown argument 'hiden'; did you mean 'hidden'? Allowed: input_shape"]),
         ("data.train=text", ["data.train 'text': argument 'path' is missing; add it under args"]),
@@ -306,7 +308,7 @@ def test_a_download_that_is_not_the_file_leaves_nothing_in_the_cache(
     mine.write(
         "mine.py", f"{MINE}\nclass Far(IdxImages):\n    mirror = {url!r}\n    sha256 = {{{IMAGES!r}: {EXPECTED!r}}}"
     )
-    message = mine.run("train", "mine.yaml", "data.train={name: mine:Far, args: {cache: cache}}", status=2)
+    message = mine.run("train", "mine.yaml", "data.train={name: mine:Far, args: {cache: cache}}", status=1)
     assert f"{url}{IMAGES}.gz" in message
     for part in parts:
         assert part in message
@@ -318,7 +320,7 @@ def test_a_download_that_is_not_the_file_leaves_nothing_in_the_cache(
 def test_a_download_that_breaks_off_each_time_leaves_nothing_in_the_cache(mirror: str, tmp_path: Path) -> None:
     url = f"{mirror}/cut/{IMAGES}.gz"
     again = "check the network, or give the folder of the files as root"
-    with patience(3), pytest.raises(JobError, match=f"{re.escape(url)} cannot be downloaded .*; {again}"):
+    with patience(3), pytest.raises(RunError, match=f"{re.escape(url)} cannot be downloaded .*; {again}"):
         fetched(url, EXPECTED, str(tmp_path))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
 

@@ -116,6 +116,27 @@ def test_a_test_set_that_is_a_file_of_its_own_is_encoded_like_the_training_set(t
 
 
 @pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["0.1"] * 1000, 0.1),
+        (["0.3", "0.30000000000000004"] * 500, -0.1),
+    ],
+)
+def test_numbers_that_differ_by_no_more_than_rounding_become_0(
+    tmp_path: Path, values: list[str], expected: float
+) -> None:
+    path = put(tmp_path, "\n".join(["x,y", *(f"{value},{row % 2}" for row, value in enumerate(values))]))
+    train = Table(path, "y")
+    test = Table(put(tmp_path, "x,y\n0.2,0\n", "test.csv"), "y", like=path)
+    assert train.inputs.abs().max() < 1e-15
+    assert test.inputs.item() == pytest.approx(expected)
+
+
+def test_numbers_whose_squares_are_too_small_for_a_number_are_told_apart(tmp_path: Path) -> None:
+    assert Table(put(tmp_path, "x,y\n1e-200,0\n3e-200,1\n"), "y").inputs.tolist() == [[-0.5], [0.5]]
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
         ("1,pink,true,a", "column 'colour' of .*test.csv has 'pink', which the file of `like` lacks, and there are 1"),
@@ -161,6 +182,8 @@ def test_rows_with_missing_values_are_left_out_when_so_wished(tmp_path: Path) ->
         ("a,b,y\n1,,0\n,,1\n3,4,\n", {}, "of 3 rows 1 in column 'a', 2 in column 'b', 1 in column 'y'; fill them"),
         ("a,y\n,0\n,1\n", {"missing": "drop"}, "each of its 2 rows has a missing value: 2 in column 'a'"),
         ("a,y\n1,0\ninf,1\n", {}, "column 'a' .* has 1 infinite values"),
+        ("a,y\n1,0\n-1e39,1\n", {}, "column 'a' .* has 1 .* beyond 3.4e.38, the largest float32"),
+        (SMALL, {"standardise_target": True}, "standardise_target is for numbers, .*set kind: regression"),
         ("a,y\n1,0\n2,1\n3o,1\n", {}, "column 'a' .* holds numbers, but also '3o'; mend it, or say types: {a: cat"),
         ("a,y\n1,0.5\n2,1\n", {}, "target 'y' .* holds numbers such as 0.5, which are no classes; set kind: regress"),
         ("a,y\n1,x\n2,x\n", {}, "target 'y' .* has one value only"),

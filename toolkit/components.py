@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
-from toolkit.errors import JobError
+from toolkit.errors import JobError, RunError
 from toolkit.secret import Secret
 
 
@@ -59,6 +59,8 @@ def build(
         return constructor(*positional, **args)
     except JobError as error:
         raise JobError(f"{kind} {component.name!r}: {error}") from error
+    except RunError as error:
+        raise RunError(f"{kind} {component.name!r}: {error}") from error
     except Exception as error:
         raise JobError(f"{kind} {component.name!r} with {component.args} raised {_cause(error)}") from error
 

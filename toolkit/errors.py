@@ -6,6 +6,6 @@ class JobError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Training has begun and cannot go on. Exit status 1."""
+    """Training has begun and cannot go on, or what it needs did not come though the job is right. Exit status 1."""
 
     rank: int | None = None  # whose fault it is, where every rank says the same and knows that

@@ -100,12 +100,12 @@ def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:
     job.check_ranks(ranks.world_size)
     data = datasets.build("data.train", job.data.train)
     shapes = datasets.shapes(data)
+    test = datasets.build("data.test", job.data.test, data) if job.data.test else None
     val: Any = None
     if isinstance(job.data.val, Fraction):
         data, val = held_out(data, job.data.val.fraction, job.run.seed)
     elif job.data.val:
-        val = datasets.build("data.val", job.data.val)
-    test = datasets.build("data.test", job.data.test) if job.data.test else None
+        val = datasets.build("data.val", job.data.val, data)
     transforms = [components.build("data.transforms", transform, TRANSFORMS) for transform in job.data.transforms]
     sampler = ElasticDistributedSampler(
         data, ranks.world_size, ranks.rank, seed=job.run.seed, global_batch_size=job.data.global_batch_size
@@ -211,7 +211,8 @@ def _open(run: Run, job: Job, parts: Parts, machine: dict[str, Any], command: Se
     written, before, say = job.as_written(), run.status() or {}, _to(console)
     run.refuse_drift(written, parts.resolved, parts.data)
     persistence.check_beginning(run, job, parts.trainer)
-    check_workers(parts.steps, job.data.workers, machine["hosts"].count(machine["host"]))
+    evaluations = [share for share in (parts.val, parts.test) if share]
+    check_workers(parts.steps, evaluations, job.data.workers, machine["hosts"].count(machine["host"]))
     attempt = run.open(dump(written), written, parts.resolved, command, machine, say, parts.data)
     ending.silent(run, before, machine, say)
     return attempt

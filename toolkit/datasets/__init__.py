@@ -2,7 +2,8 @@
 
 `ds[i]` gives `(input, target)`. A dataset that has `gather(indices)` gives a whole batch at once, which is many times
 faster than sample by sample. `num_classes`, `input_shape` and `vocab_size` are offered to the model; `source` names the
-files in errors. A class that takes files from the network lists them in `downloads(**args)`.
+files in errors; what `meaning.MEANINGS` names must be the same for training and evaluation. A class that takes files
+from the network lists them in `downloads(**args)`.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from toolkit import components
+from toolkit.datasets import meaning
 from toolkit.datasets.download import Download
 from toolkit.errors import JobError
 
@@ -31,8 +33,11 @@ SHAPES = ("num_classes", "input_shape", "vocab_size")
 NAMES = ("classes", "alphabet")
 
 
-def build(key: str, component: Any) -> Any:
-    """The dataset that `key` of the job file names. Raises JobError for one that is no map, or is empty."""
+def build(key: str, component: Any, train: Any = None) -> Any:
+    """The dataset that `key` of the job file names.
+
+    Raises JobError for one that is no map, is empty, or whose numbers mean something else than those of `train`.
+    """
     dataset = components.build(key, component, DATASETS)
     if isinstance(dataset, IterableDataset):
         raise JobError(
@@ -46,6 +51,7 @@ def build(key: str, component: Any) -> Any:
         )
     if len(dataset) == 0:
         raise JobError(f"{key} {component.name!r} is empty; it needs at least one sample")
+    meaning.check(key, component, dataset, train)
     return dataset
 
 

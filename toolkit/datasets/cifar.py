@@ -43,14 +43,14 @@ class Cifar10(Dataset[Any]):
         Without it the archive is fetched once into `cache` and verified.
         """
         records = np.concatenate([_parsed(url, content) for url, content in self._contents(split, root, cache)])
-        self.source = f"{storage.shown(root) if root else ARCHIVE} ({split})"
+        self.source = f"{ARCHIVE if root is None else storage.shown(root)} ({split})"
         self.images = torch.from_numpy(records[:, 1:].reshape(-1, *self.input_shape))
         self.targets = torch.from_numpy(records[:, 0].astype(np.int64))
 
     @classmethod
     def downloads(cls, split: str = "train", root: str | None = None, cache: str = CACHE) -> list[Download]:
         del split  # both are in the one archive
-        return [] if root else [Download(cls.mirror + ARCHIVE, cls.sha256, cache, cls.size_bytes)]
+        return [] if root is not None else [Download(cls.mirror + ARCHIVE, cls.sha256, cache, cls.size_bytes)]
 
     def _contents(self, split: str, root: str | None, cache: str) -> Iterator[tuple[str, bytes]]:
         """(where it lies, its bytes) of each file of the split."""
@@ -83,25 +83,25 @@ def _unpacked(url: str, split: str) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(fileobj=io.BytesIO(storage.read(url)), mode="r:gz") as archive:
             for name in _FILES[split]:
                 file = archive.extractfile(f"{FOLDER}/{name}")
-                yield f"{url}/{name}", file.read() if file else b""
+                yield storage.join(url, name), file.read() if file else b""
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise JobError(f"{url} is not whole: {error}; copy it again") from error
+        raise JobError(f"{storage.shown(url)} is not whole: {error}; copy it again") from error
     except KeyError as error:
-        raise JobError(f"{url}: {error.args[0]}; take the binary version, {ARCHIVE}") from error
+        raise JobError(f"{storage.shown(url)}: {error.args[0]}; take the binary version, {ARCHIVE}") from error
 
 
 def _parsed(url: str, content: bytes) -> NDArray[np.uint8]:
     """The records of a file, (N, 3073). Raises JobError that names the file where it is something else."""
     if not content or len(content) % RECORD_BYTES:
         raise JobError(
-            f"{url} is truncated or no CIFAR-10 file: {len(content)} bytes are not a multiple of {RECORD_BYTES}; "
-            "copy it again"
+            f"{storage.shown(url)} is truncated or no CIFAR-10 file: {len(content)} bytes are not a multiple of "
+            f"{RECORD_BYTES}; copy it again"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, RECORD_BYTES)
     wrong = np.flatnonzero(records[:, 0] > 9)
     if wrong.size:
         raise JobError(
-            f"{url}: record {wrong[0]} has class {records[wrong[0], 0]}, which is none of 0..9; copy the file again, "
-            "and take that of CIFAR-10, not CIFAR-100"
+            f"{storage.shown(url)}: record {wrong[0]} has class {records[wrong[0], 0]}, which is none of 0..9; copy "
+            "the file again, and take that of CIFAR-10, not CIFAR-100"
         )
     return records

@@ -12,6 +12,7 @@ from toolkit.errors import JobError
 
 Kind = Literal["number", "category"]
 LARGEST_BLOCK = 1 << 30
+LARGEST = float(np.finfo(np.float32).max)  # and its square is still a float64
 
 
 class Column(NamedTuple):
@@ -97,8 +98,11 @@ class File:
         return Column(name, place_of[codes], categories)
 
     def _finite(self, name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        if count := np.isinf(values).sum():
-            raise JobError(f"column {name!r} of {self.shown} has {count} infinite values; mend or remove these rows")
+        if count := (np.abs(values) > LARGEST).sum():
+            raise JobError(
+                f"column {name!r} of {self.shown} has {count} infinite values, or beyond {LARGEST:.2g}, the largest "
+                "float32; mend or remove these rows"
+            )
         return values
 
     def _refuse_typo(self, name: str, values: Sequence[str]) -> None:

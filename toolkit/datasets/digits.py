@@ -38,4 +38,4 @@ class Digits(InMemory):
         rows = rows[np.isin(rows[:, 64], digits)]
         self.inputs = torch.from_numpy(rows[:, :64].astype(np.float32) / 16).view(-1, 1, 8, 8)
         self.targets = torch.from_numpy(np.array([digits.index(digit) for digit in rows[:, 64]]))
-        self.num_classes = len(digits)
+        self.classes, self.num_classes = digits, len(digits)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from toolkit import storage
-from toolkit.errors import JobError
+from toolkit.errors import RunError
 
 CACHE = "~/.cache/toolkit"
 PIECE_BYTES = 16 << 20
@@ -42,7 +42,8 @@ class Download(NamedTuple):
 def fetched(url: str, sha256: str, cache: str = CACHE, size_bytes: int | None = None) -> Path:
     """The local copy of a URL.
 
-    One process of the node downloads while the others wait; a wrong checksum leaves nothing behind.
+    One process of the node downloads while the others wait; a wrong checksum leaves nothing behind. Raises RunError if
+    the file does not come, or comes damaged: that is the network's fault, or its server's, and not the job's.
     """
     path = Download(url, sha256, cache).path
     if path.exists():
@@ -58,15 +59,15 @@ def fetched(url: str, sha256: str, cache: str = CACHE, size_bytes: int | None = 
 def _verified(url: str, sha256: str, size_bytes: int | None) -> bytes:
     try:
         content = storage.read(url) if size_bytes is None else _in_pieces(url, size_bytes)
-    except Exception as error:  # each file system raises its own kind: aiohttp's are no OSError
-        raise JobError(
-            f"{url} cannot be downloaded ({type(error).__name__}: {error}); check the network, or give the "
-            "folder of the files as root"
+    except OSError as error:
+        raise RunError(
+            f"{storage.shown(url)} cannot be downloaded ({type(error).__name__}: {error}); check the network, or give "
+            "the folder of the files as root"
         ) from error
     found = _sha256(content)
     if found != sha256:
-        raise JobError(
-            f"{url} is damaged: {len(content)} bytes with SHA-256 {found}, expected {sha256}; "
+        raise RunError(
+            f"{storage.shown(url)} is damaged: {len(content)} bytes with SHA-256 {found}, expected {sha256}; "
             "try again, or give the files' folder as root"
         )
     return content

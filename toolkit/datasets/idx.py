@@ -39,19 +39,19 @@ class IdxImages(Dataset[Any]):
         Without it they are fetched once into `cache` and verified.
         """
         images, labels = (self._content(name, root, cache) for name in _FILES[split])
-        self.source = images[0]
+        self.source = storage.shown(images[0])
         self.images = torch.from_numpy(_parsed(*images, dimensions=3))
         self.targets = torch.from_numpy(_parsed(*labels, dimensions=1).astype(np.int64))
         if len(self.images) != len(self.targets):
             raise JobError(
-                f"{images[0]} has {len(self.images)} images but {labels[0]} has {len(self.targets)} labels; "
-                "take both from one source"
+                f"{self.source} has {len(self.images)} images but {storage.shown(labels[0])} has {len(self.targets)} "
+                "labels; take both from one source"
             )
         self.input_shape = (1, *self.images.shape[1:])
 
     @classmethod
     def downloads(cls, split: str = "train", root: str | None = None, cache: str = CACHE) -> list[Download]:
-        return [] if root else [cls._download(name, cache) for name in _FILES[split]]
+        return [] if root is not None else [cls._download(name, cache) for name in _FILES[split]]
 
     @classmethod
     def _download(cls, name: str, cache: str) -> Download:
@@ -68,8 +68,10 @@ class IdxImages(Dataset[Any]):
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise JobError(f"{url} cannot be read: {error}") from error
-        raise JobError(f"{root} has neither {name} nor {name}.gz; give the folder with the four IDX files as root")
+                raise JobError(f"{storage.shown(url)} cannot be read: {error}") from error
+        raise JobError(
+            f"{storage.shown(root)} has neither {name} nor {name}.gz; give the folder with the four IDX files as root"
+        )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -85,6 +87,7 @@ class IdxImages(Dataset[Any]):
 class Mnist(IdxImages):
     """70000 handwritten digits, 28x28."""
 
+    classes = tuple(range(10))
     mirror = "https://storage.googleapis.com/cvdf-datasets/mnist/"
     sha256: ClassVar = {
         "train-images-idx3-ubyte": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -97,6 +100,7 @@ class Mnist(IdxImages):
 class FashionMnist(IdxImages):
     """70000 pictures of clothing, 28x28, ten classes."""
 
+    classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
     mirror = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
     sha256: ClassVar = {
         "train-images-idx3-ubyte": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
@@ -108,20 +112,21 @@ class FashionMnist(IdxImages):
 
 def _parsed(url: str, content: bytes, dimensions: int) -> NDArray[np.uint8]:
     """The array of an IDX file. Raises JobError that names the file where it is truncated or something else."""
+    shown = storage.shown(url)
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise JobError(f"{url} is not whole: {error}; copy it again") from error
+            raise JobError(f"{shown} is not whole: {error}; copy it again") from error
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
         raise JobError(
-            f"{url} is not an IDX file of {dimensions} dimension(s): it starts with {content[:4].hex() or 'nothing'}"
+            f"{shown} is not an IDX file of {dimensions} dimension(s): it starts with {content[:4].hex() or 'nothing'}"
         )
     shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4))
     expected = header + int(np.prod(shape, dtype=np.float64))
     if len(content) != expected:
         raise JobError(
-            f"{url} is truncated or too long: {len(content)} bytes, but its header says {expected}; copy it again"
+            f"{shown} is truncated or too long: {len(content)} bytes, but its header says {expected}; copy it again"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()

@@ -13,6 +13,7 @@ from toolkit import storage
 from toolkit.errors import JobError
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow knows others, and for EPS would run Ghostscript
 SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 MARGIN = 8 / 7  # the shorter side before the centre is cut out, over the size: 256 to 224
 
@@ -73,13 +74,15 @@ class ImageFolder(Dataset[Any]):
         """(size, size, 3) of an image file."""
         pillow = _pillow()
         try:
-            with pillow.open(io.BytesIO(content)) as image:
+            with pillow.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.mode.startswith(("I", "F")):
                     raise ValueError(f"its pixels are of mode {image.mode}, not of 8 bits; convert it")
                 rgb = image.convert("RGB")
         # What Pillow raises depends on the format and on where the damage is; a bomb is an image of 180 megapixels.
         except (OSError, ValueError, SyntaxError, EOFError, IndexError, pillow.DecompressionBombError) as error:
-            raise ValueError(f"{storage.shown(url)} is no image that can be read ({error})") from error
+            raise ValueError(
+                f"{storage.shown(url)} is no image that can be read ({error}); it must be one of {', '.join(FORMATS)}"
+            ) from error
         box = _random_box(*rgb.size) if self.crop == "random" else _central_box(*rgb.size)
         return np.array(rgb.resize((self.size, self.size), pillow.Resampling.BILINEAR, box))
 

@@ -1,6 +1,6 @@
 """Data of any size that take no memory: sample i is a function of (seed, i). For tests, benchmarks and dry runs."""
 
-from math import prod
+from math import inf, prod
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,8 @@ class Synthetic(Dataset[Any]):
     ) -> None:
         if min(size, num_classes, vocab_size, context, *shape) < 1:
             raise JobError("size, shape, num_classes, vocab_size and context must all be at least 1")
+        if not 0 <= noise < inf:
+            raise JobError(f"noise is {noise}; it must be at least 0")
         self.kind, self.size, self.seed, self.noise = kind, size, seed, noise
         if kind == "images":
             self.num_classes, self.input_shape = num_classes, shape

@@ -26,6 +26,9 @@ class Table(InMemory):
     deviations are those of train (of all rows, for `all`), categories and classes those of the whole file; with `like`,
     all are those of the file there, for a test set that is a file of its own.
 
+    `scales` has the mean and the deviation of each column that is standardised. Numbers that differ by no more than
+    rounding become 0.
+
     Missing values are refused, with column and count; `drop` leaves out their rows.
     """
 
@@ -45,6 +48,10 @@ class Table(InMemory):
         """`features`: default all columns but the target. `standardise_target`: a regression's, as numbers are."""
         if not 0 < test_fraction < 1:
             raise JobError(f"test_fraction {test_fraction} must be between 0 and 1")
+        if standardise_target and kind == "classification":
+            raise JobError(
+                "standardise_target is for numbers, and classes are none; leave it out, or set kind: regression"
+            )
         self.source = storage.shown(path)
         *of, of_target = _read(like or path, target, features, types or {}, missing)
         known: dict[str, Kind] = {column.name: column.kind for column in (*of, of_target)}
@@ -52,6 +59,7 @@ class Table(InMemory):
         count = len(my_target.values)
         rows = _rows(count, split, test_fraction)
         fitted = slice(None) if like or split == "all" else _rows(count, "train", test_fraction)
+        self.scales: list[tuple[str, float, float]] = []
         inputs = [self._input(own, other, fitted)[rows] for own, other in zip(mine, of, strict=True)]
         self.inputs = torch.from_numpy(np.concatenate(inputs, axis=1))
         self.columns = [name for column in of for name in _names(column)]
@@ -65,7 +73,7 @@ class Table(InMemory):
     def _input(self, column: Column, of: Column, fitted: Int64s | slice) -> NDArray[np.float32]:
         """The inputs (N, k) that a column becomes, by the numbers or categories of another."""
         if of.categories is None:
-            return _standardised(column, of, fitted).astype(np.float32)[:, None]
+            return self._standardised(column, of.values[fitted]).astype(np.float32)[:, None]
         if len(of.categories) > MOST_CATEGORIES:
             raise JobError(
                 f"column {of.name!r} of {self.source} has {len(of.categories)} different values, and at most "
@@ -100,7 +108,12 @@ class Table(InMemory):
                 "numbers; set kind: classification"
             )
         self.num_classes = 1
-        return column.values if fitted is None else _standardised(column, of, fitted)
+        return column.values if fitted is None else self._standardised(column, of.values[fitted])
+
+    def _standardised(self, column: Column, known: NDArray[np.float64]) -> NDArray[np.float64]:
+        mean, deviation = _mean_and_deviation(known)
+        self.scales.append((column.name, mean, deviation))
+        return np.asarray((column.values - mean) / deviation)
 
     def _as_in(self, column: Column, of: Column) -> Int64s:
         """The places of a column's values in the categories of another."""
@@ -151,10 +164,13 @@ def _rows(count: int, split: Literal["train", "test", "all"], test_fraction: flo
     return np.sort(rows)
 
 
-def _standardised(column: Column, of: Column, fitted: Int64s | slice) -> NDArray[np.float64]:
-    known = of.values[fitted]
-    deviation = known.std() or 1.0  # a constant tells nothing, and becomes 0
-    return np.asarray((column.values - known.mean()) / deviation)
+def _mean_and_deviation(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Of values that differ by no more than rounding, one of them and 1: the sum of equal numbers is rounded, and what
+    that loses would be taken for their deviation.
+    """
+    if np.ptp(values) <= 4 * np.spacing(np.abs(values).max()):
+        return float(values[0]), 1.0
+    return float(values.mean()), float(values.std() or np.ptp(values))  # squares may be too small for a number
 
 
 def _names(column: Column) -> list[str]:

@@ -33,7 +33,7 @@ class Text(Dataset[Any]):
             raise JobError(
                 f"context {context} and stride {stride} must be at least 1, val_fraction {val_fraction} between 0 and 1"
             )
-        self.source, self.context, self.stride = path, context, stride or context
+        self.source, self.context, self.stride = storage.shown(path), context, stride or context
         tokens, self.alphabet = _tokens(path, unit)
         self.vocab_size = len(self.alphabet) if self.alphabet else 256
         self.input_shape = (context,)
@@ -41,7 +41,7 @@ class Text(Dataset[Any]):
         self.tokens = {"train": tokens[:cut], "val": tokens[cut:], "all": tokens}[split]
         if len(self.tokens) <= context:
             raise JobError(
-                f"{path}: {split} has {len(self.tokens)} tokens; a window needs {context + 1}: "
+                f"{self.source}: {split} has {len(self.tokens)} tokens; a window needs {context + 1}: "
                 "use a longer text or a shorter context"
             )
         self.window = np.arange(context + 1)
@@ -69,13 +69,14 @@ def _tokens(path: str, unit: str) -> tuple[Any, str]:
         content = storage.read(path)
     except (OSError, ValueError) as error:
         raise JobError(
-            f"text {path} cannot be read ({type(error).__name__}); give a file or URL that exists"
+            f"text {storage.shown(path)} cannot be read ({type(error).__name__}); give a file or URL that exists"
         ) from error
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise JobError(
-            f"text {path} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); convert it to UTF-8"
+            f"text {storage.shown(path)} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}); "
+            "convert it to UTF-8"
         ) from error
     if unit == "bytes":
         return np.frombuffer(content, np.uint8), ""

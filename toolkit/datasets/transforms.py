@@ -10,7 +10,7 @@ rows. So what is mixed is a function of the step, whoever of how many ranks does
 """
 
 from collections.abc import Callable
-from math import pi
+from math import inf, pi
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,8 @@ class Flip:
     random = True
 
     def __init__(self, p: float = 0.5) -> None:
+        if not 0 <= p <= 1:
+            raise JobError(f"p is {p}; a probability is at least 0 and at most 1")
         self.p = p
 
     def __call__(self, inputs: Tensor, draw: Draw) -> Tensor:
@@ -76,8 +78,11 @@ class Normalise:
 
     def __init__(self, mean: float | list[float], std: float | list[float]) -> None:
         self.mean, self.std = torch.tensor(mean).reshape(-1), torch.tensor(std).reshape(-1)
-        if bool((self.std <= 0).any()):
+        if not (self.std > 0).all():
             raise JobError(f"std is {std}; every value must be above 0")
+        lengths = {1, len(self.mean), len(self.std)}
+        if 0 in lengths or len(lengths) > 2 or not torch.cat([self.mean, self.std]).isfinite().all():
+            raise JobError(f"mean is {mean} and std {std}; give finite numbers, one for all channels or one for each")
 
     def __call__(self, inputs: Tensor, draw: Draw) -> Tensor:
         shape = (-1, *(1,) * (inputs.ndim - 2)) if inputs.ndim > 1 else (-1,)
@@ -95,7 +100,7 @@ class Mixup:
     random = mixes = True
 
     def __init__(self, alpha: float = 0.2) -> None:
-        if alpha <= 0:
+        if not 0 < alpha < inf:
             raise JobError(f"alpha is {alpha}; it must be above 0, and leave mixup out for none")
         self.alpha = alpha
 

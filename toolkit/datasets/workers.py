@@ -24,22 +24,26 @@ _AHEAD, _IN_USE = 2, 3  # steps: each worker reads ahead; are taken, being taken
 _SHARED = "/dev/shm"  # noqa: S108 - where torch hands tensors on, one file each
 
 
+def steps_held(workers: int) -> int:
+    """How many steps such workers of a rank keep in shared memory at most."""
+    return _AHEAD * workers + _IN_USE
+
+
 def refuse_small_memory(sizes: Iterable[int], workers: int, ranks: int) -> None:
     """Raises JobError if what the workers of this machine's ranks read ahead has no room in its shared memory.
 
-    `sizes` are those of the tensors of one step, in bytes.
+    `sizes` are those of the tensors that they keep there for one rank, in bytes.
     """
-    if not workers or not os.path.isdir(_SHARED):
+    if not os.path.isdir(_SHARED):
         return
     facts = os.statvfs(_SHARED)
     free = facts.f_bavail * facts.f_frsize
-    step = sum(-size // facts.f_frsize * -facts.f_frsize for size in sizes)  # in whole pages
-    needed = ranks * (_AHEAD * workers + _IN_USE) * step
+    needed = ranks * sum(-size // facts.f_frsize * -facts.f_frsize for size in sizes)  # in whole pages
     if needed > free:
         raise JobError(
             f"data.workers={workers} hand on up to {needed / 2**20:.1f} MiB at a time through {_SHARED}, where "
-            f"{free / 2**20:.1f} MiB are free; give the container more (--shm-size or --ipc=host), or set fewer "
-            "workers, data.workers=0 for none"
+            f"{free / 2**20:.1f} MiB are free; give the container more (--shm-size or --ipc=host), or set "
+            "a smaller eval.batch_size or fewer workers, data.workers=0 for none"
         )
 
 
@@ -57,6 +61,7 @@ def by_workers(steps: Any, numbers: range, workers: int, pin_memory: bool) -> It
                 batch_size=None,
                 sampler=numbers,
                 num_workers=workers,
+                multiprocessing_context="fork",  # the pipe goes to a child by its number
                 prefetch_factor=_AHEAD,
                 collate_fn=_unchanged,
                 pin_memory=pin_memory,
