@@ -1,6 +1,8 @@
 """What `import toolkit` offers: these names, documented, and what they promise to programs of one's own."""
 
 import inspect
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from toolkit import Checkpointer, JobError, Run, RunError, Trainer, load_job
 from toolkit.checkpoint import export
 from toolkit.datasets.digits import Digits
 from toolkit.datasets.loader import Batch
+from toolkit.signals import STOPPING
 from toolkit.tasks import Classification
 
 PUBLIC = {
@@ -27,6 +30,7 @@ OF_A_RUN = {"status", "metrics", "checkpoints", "load_model", "job"}
 
 def test_these_are_the_public_names_and_each_is_documented() -> None:
     assert set(toolkit.__all__) == PUBLIC | {"__version__"}
+    assert set(dir(toolkit)) >= PUBLIC | {"__version__", "__name__"}
     for name in PUBLIC:
         assert len((inspect.getdoc(getattr(toolkit, name)) or "").split()) >= 5, f"{name} says nothing of itself"
     assert set(dir(Run("runs/x"))) >= OF_A_RUN
@@ -51,6 +55,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     result = toolkit.train(load_job(str(folder / "digits.yaml"), settings))
     assert (result.state, result.step) == ("completed", 40)
     return Run(result.url)
+
+
+def test_training_leaves_the_signals_as_they_were(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in STOPPING]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    assert toolkit.train(trained.job()).state == "completed"
+    monkeypatch.setattr("toolkit.session.Run", None)
+    with pytest.raises(TypeError):
+        toolkit.train(trained.job())
+    assert [signal.getsignal(number) for number in STOPPING] == before
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, mask) == {signal.SIGUSR1}
+
+
+def test_training_in_a_thread_is_refused_with_the_remedy(trained: Run) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(JobError, match=r"main thread.*use toolkit\.launch"):
+        pool.submit(toolkit.train, trained.job()).result()
 
 
 def loss_of(model: nn.Module) -> float:
