@@ -328,9 +328,11 @@ def test_a_damaged_checkpoint_is_not_forked(stage: Stage) -> None:
 def test_a_fork_keeps_secrets_as_they_were_written(stage: Stage) -> None:
     stage.place.write("secret.py", KEYED)
     words = ["train", "digits.yaml", "data.train={name: secret:Data, args: {key: '${env:KEY}'}}", "train.max_steps=10"]
-    stage.run(*words, "run.dir=runs/x", KEY="hunter2")
-    stage.run("fork", "runs/x", KEY="hunter2")
-    assert "resuming at step 10" in stage.run("train", "runs/x-fork/config.yaml", "train.max_steps=20", KEY="hunter2")
+    secrets = {"KEY": "hunter2", "PLACE": "runs/x"}
+    stage.run(*words, "run.dir=${env:PLACE}", **secrets)
+    stage.run("fork", "runs/x", **secrets)
+    assert "dir: ${env:PLACE}-fork\n" in (stage.folder / "runs/x-fork/config.yaml").read_text()
+    assert "resuming at step 10" in stage.run("train", "runs/x-fork/config.yaml", "train.max_steps=20", **secrets)
     assert not [path for path, content in contents(stage.folder / "runs").items() if b"hunter2" in content]
 
 

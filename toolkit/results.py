@@ -32,7 +32,7 @@ class Run(run.Run):
             ) from None
         except OSError as error:
             raise JobError(f"{where} cannot be read: {error}") from None
-        return job_from_text(text, url, (), os.environ)
+        return job_from_text(text, storage.shown(url), (), os.environ)
 
     @property
     def checkpoints(self) -> "Archive":
