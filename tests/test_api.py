@@ -113,6 +113,9 @@ def test_what_cannot_be_loaded_is_said(trained: Run, tmp_path: Path) -> None:
         Run(str(tmp_path)).load_model()
     assert Run(str(tmp_path)).status() is None
     assert Run(str(tmp_path)).metrics.read() == []
+    (tmp_path / "config.yaml").write_bytes(b"\xff")
+    with pytest.raises(JobError, match=r"config\.yaml is damaged"):
+        Run(str(tmp_path)).load_model()
 
 
 def test_a_checkpoint_of_another_model_is_not_loaded(trained: Run) -> None:

@@ -296,12 +296,20 @@ def test_auto_that_means_something_else_here_is_a_difference(url: str, opened: O
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("status.json", b"{"), ("provenance.json", b"\xff\xfe"), ("provenance.json", b"")]
+    ("name", "content"),
+    [("status.json", b"{"), ("status.json", b"[1]"), ("provenance.json", b"\xff\xfe"), ("provenance.json", b"")],
 )
 def test_a_damaged_file_is_named(url: str, name: str, content: bytes) -> None:
     storage.write(Run(url).at(name), content)
     with pytest.raises(JobError, match=rf"{name} is damaged"):
         Run(url).status() if name == "status.json" else Run(url).provenance()
+
+
+def test_a_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, words in (("file", "Not a directory"), ("file/x", "Not a directory"), ("x" * 300, "File name too long")):
+        with pytest.raises(JobError, match=words):
+            Run(str(tmp_path / place)).status()
 
 
 CHANGES = [

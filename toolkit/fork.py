@@ -25,6 +25,8 @@ def fork(url: str, which: str, changes: Sequence[str], environment: Mapping[str,
         text = storage.read(text_url).decode()
     except OSError:
         raise JobError(f"{storage.shown(url)} is no run: it has no config.yaml; give the directory of a run") from None
+    except UnicodeDecodeError as error:
+        raise JobError(f"{storage.shown(text_url)} is damaged: {error}; fork another run") from None
     where = storage.shown(text_url)
     if not any(change.startswith("run.dir=") for change in changes):
         home, free = job_from_text(text, where, changes, environment), fresh_url(url.rstrip("/") + "-fork")
@@ -35,6 +37,10 @@ def fork(url: str, which: str, changes: Sequence[str], environment: Mapping[str,
     if storage.names(target.url):
         raise JobError(f"run.dir {storage.shown(target.url)} is not empty; choose another run.dir")
     provenance = old.provenance()
+    if "job" not in provenance:
+        raise JobError(
+            f"{storage.shown(url)} has never been started, and has no checkpoint to go on from; train it first"
+        )
     lines = changed(provenance["job"], new)
     shaped = [line for line in lines if line.startswith(SHAPES)]
     if shaped:

@@ -32,6 +32,8 @@ class Run(run.Run):
             ) from None
         except OSError as error:
             raise JobError(f"{where} cannot be read: {error}") from None
+        except UnicodeDecodeError as error:
+            raise JobError(f"{storage.shown(url)} is damaged: {error}; start the run again from its job file") from None
         return job_from_text(text, storage.shown(url), (), os.environ)
 
     @property
