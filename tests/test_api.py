@@ -34,6 +34,7 @@ def test_these_are_the_public_names_and_each_is_documented() -> None:
     for name in PUBLIC:
         assert len((inspect.getdoc(getattr(toolkit, name)) or "").split()) >= 5, f"{name} says nothing of itself"
     assert set(dir(Run("runs/x"))) >= OF_A_RUN
+    assert repr(Run("runs/x")) == "Run('runs/x')"
     with pytest.raises(AttributeError, match="has no attribute 'Runs'; it has .*Run, "):
         toolkit.Runs  # noqa: B018
 

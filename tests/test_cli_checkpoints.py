@@ -54,7 +54,7 @@ def quick_beats() -> None:
 
 def checkpoints(stage: Stage, run: str, *words: str, status: int = 0) -> list[str]:
     """The lines that `toolkit checkpoints` says, with runs of spaces made one."""
-    said = stage.run("checkpoints", run, *words, status=status, COLUMNS="250")
+    said = stage.run("checkpoints", run, *words, status=status, COLUMNS="60")
     assert "Traceback" not in said
     return [re.sub(r"\s+", " ", line).strip() for line in said.splitlines() if line.strip()]
 

@@ -21,6 +21,9 @@ class Run(run.Run):
     `checkpoints` finds, verifies and loads them; `load_model()` gives the model of one.
     """
 
+    def __repr__(self) -> str:
+        return f"Run({storage.shown(self.url)!r})"
+
     def job(self) -> Job:
         """The job that it was made for. Raises JobError if there is no run here."""
         url, where = self.at("config.yaml"), storage.shown(self.url)
