@@ -2,6 +2,8 @@
 
 import inspect
 import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from toolkit.checkpoint import export
 from toolkit.datasets.digits import Digits
 from toolkit.datasets.loader import Batch
 from toolkit.randomness import seed_everything
+from toolkit.signals import STOPPING
 from toolkit.tasks import Classification
 
 PUBLIC = {
@@ -29,9 +32,11 @@ OF_A_RUN = {"status", "metrics", "checkpoints", "load_model", "job"}
 
 def test_these_are_the_public_names_and_each_is_documented() -> None:
     assert set(toolkit.__all__) == PUBLIC | {"__version__"}
+    assert set(dir(toolkit)) >= PUBLIC | {"__version__", "__name__"}
     for name in PUBLIC:
         assert len((inspect.getdoc(getattr(toolkit, name)) or "").split()) >= 5, f"{name} says nothing of itself"
     assert set(dir(Run("runs/x"))) >= OF_A_RUN
+    assert repr(Run("runs/x")) == "Run('runs/x')"
     with pytest.raises(AttributeError, match="has no attribute 'Runs'; it has .*Run, "):
         toolkit.Runs  # noqa: B018
 
@@ -53,6 +58,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     result = toolkit.train(load_job(str(folder / "digits.yaml"), settings))
     assert (result.state, result.step) == ("completed", 40)
     return Run(result.url)
+
+
+def test_training_leaves_the_signals_as_they_were(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in STOPPING]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    assert toolkit.train(trained.job()).state == "completed"
+    monkeypatch.setattr("toolkit.session.Run", None)
+    with pytest.raises(TypeError):
+        toolkit.train(trained.job())
+    assert [signal.getsignal(number) for number in STOPPING] == before
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, mask) == {signal.SIGUSR1}
+
+
+def test_training_in_a_thread_is_refused_with_the_remedy(trained: Run) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(JobError, match=r"main thread.*use toolkit\.launch"):
+        pool.submit(toolkit.train, trained.job()).result()
 
 
 def loss_of(model: nn.Module) -> float:
@@ -113,6 +134,9 @@ def test_what_cannot_be_loaded_is_said(trained: Run, tmp_path: Path) -> None:
         Run(str(tmp_path)).load_model()
     assert Run(str(tmp_path)).status() is None
     assert Run(str(tmp_path)).metrics.read() == []
+    (tmp_path / "config.yaml").write_bytes(b"\xff")
+    with pytest.raises(JobError, match=r"config\.yaml is damaged"):
+        Run(str(tmp_path)).load_model()
 
 
 def test_a_checkpoint_of_another_model_is_not_loaded(trained: Run) -> None:

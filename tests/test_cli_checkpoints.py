@@ -18,8 +18,11 @@ from safetensors.torch import load_file
 
 from tests.campaigns import starts
 from tests.campaigns.starts import Forked, ForkedAgain, Started
+from tests.conftest import DIGITS
 from tests.dist.conftest import Stage
 from toolkit.checkpoint import Archive
+from toolkit.errors import JobError
+from toolkit.fork import fork
 from toolkit.proof import NOT_OF_THE_JOB
 
 pytestmark = pytest.mark.timeout(240)
@@ -51,7 +54,7 @@ def quick_beats() -> None:
 
 def checkpoints(stage: Stage, run: str, *words: str, status: int = 0) -> list[str]:
     """The lines that `toolkit checkpoints` says, with runs of spaces made one."""
-    said = stage.run("checkpoints", run, *words, status=status, COLUMNS="250")
+    said = stage.run("checkpoints", run, *words, status=status, COLUMNS="60")
     assert "Traceback" not in said
     return [re.sub(r"\s+", " ", line).strip() for line in said.splitlines() if line.strip()]
 
@@ -325,12 +328,23 @@ def test_a_damaged_checkpoint_is_not_forked(stage: Stage) -> None:
     assert "jobs is no run" in stage.place.refused("fork", "jobs")
 
 
+def test_what_is_no_run_that_has_trained_is_not_forked(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(DIGITS)
+    with pytest.raises(JobError, match="has never been started"):
+        fork(str(tmp_path), "last", [], {})
+    (tmp_path / "config.yaml").write_bytes(b"\xff")
+    with pytest.raises(JobError, match=r"config\.yaml is damaged"):
+        fork(str(tmp_path), "last", [], {})
+
+
 def test_a_fork_keeps_secrets_as_they_were_written(stage: Stage) -> None:
     stage.place.write("secret.py", KEYED)
     words = ["train", "digits.yaml", "data.train={name: secret:Data, args: {key: '${env:KEY}'}}", "train.max_steps=10"]
-    stage.run(*words, "run.dir=runs/x", KEY="hunter2")
-    stage.run("fork", "runs/x", KEY="hunter2")
-    assert "resuming at step 10" in stage.run("train", "runs/x-fork/config.yaml", "train.max_steps=20", KEY="hunter2")
+    secrets = {"KEY": "hunter2", "PLACE": "runs/x"}
+    stage.run(*words, "run.dir=${env:PLACE}", **secrets)
+    stage.run("fork", "runs/x", **secrets)
+    assert "dir: ${env:PLACE}-fork\n" in (stage.folder / "runs/x-fork/config.yaml").read_text()
+    assert "resuming at step 10" in stage.run("train", "runs/x-fork/config.yaml", "train.max_steps=20", **secrets)
     assert not [path for path, content in contents(stage.folder / "runs").items() if b"hunter2" in content]
 
 
@@ -388,3 +402,7 @@ def test_verify_resume_finds_a_model_that_does_not_resume(stage: Stage) -> None:
     assert re.fullmatch(r"killed, 1 rank 2 [01] equal differ by .* of their norm of the same steps", rows[0])
     assert "NOT EQUAL" in said
     assert sorted(os.listdir(stage.folder / "kept")) == ["killed-other", "killed-same", "undisturbed"]
+
+
+def test_a_job_that_cannot_be_built_is_wrong_usage_of_verify_resume_too(stage: Stage) -> None:
+    assert "model 'nope' is unknown" in stage.place.refused("verify-resume", "digits.yaml", "model.name=nope")

@@ -159,6 +159,15 @@ def test_a_secret_of_the_wrong_type_is_not_shown() -> None:
     assert "hunter2" not in message
 
 
+def opened(path: str) -> Any:
+    raise FileNotFoundError(f"no file {path}/train.bin, nor hunter22")
+
+
+def test_what_a_constructor_says_of_a_secret_shows_where_it_came_from() -> None:
+    message = refused(f"{__name__}:opened", {"path": Secret("hunter2", "${env:X}")})
+    assert "no file ${env:X}/train.bin, nor hunter22" in message
+
+
 @pytest.mark.usefixtures("module")
 def test_a_constructor_that_takes_anything_is_given_anything() -> None:
     assert made("cnn", {"first": 1, "other": 2}) == {"first": 1, "other": 2}

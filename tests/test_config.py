@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toolkit import cli
 from toolkit.config import Job, job_from_text, load_job
 from toolkit.config.text import MAX_CHARACTERS, MAX_DEPTH, dump, parse
 from toolkit.errors import JobError
@@ -263,6 +265,29 @@ def test_a_secret_in_any_key_is_stored_as_it_was_written(override: str, key: str
     assert at(job_from_text(stored, "config.yaml", [], {"S": "hunter2"}), key) == at(job, key)
 
 
+def test_a_run_that_is_moved_keeps_the_secret_of_its_url() -> None:
+    for written in ("${env:S}", "s3://k:${env:S}@bucket/run/"):
+        job = load(SMALL, f"run.dir={written}", S="hunter2")
+        override = job.moved_to(job.run.dir.rstrip("/") + "-2")
+        assert "hunter2" not in override
+        assert load(SMALL, override, S="hunter2").run.dir == job.run.dir.rstrip("/") + "-2"
+    with pytest.raises(JobError, match=r"run\.dir '\$\{env:S\}' stands for what ends in /"):
+        load(SMALL, "run.dir=${env:S}", S="hunter2/").moved_to("hunter2-2")
+    assert load(SMALL, load(SMALL, "run.dir='a: #'").moved_to("a: #-2")).run.dir == "a: #-2"
+
+
+def test_a_fresh_start_stores_its_directory_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "hunter2").mkdir()
+    monkeypatch.setenv("S", f"{tmp_path}/hunter2")
+    started: list[Job] = []
+    monkeypatch.setattr(cli, "_train_as_rank", lambda job: started.append(job) or 0)
+    with pytest.raises(typer.Exit):
+        cli.train(str(tmp_path / "small.yaml"), ["run.dir=${env:S}"], processes=1, fresh=True)
+    assert started[0].run.dir == f"{tmp_path}/hunter2-2"
+    assert started[0].as_written()["run"]["dir"] == "${env:S}-2"
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -280,7 +305,27 @@ def test_an_error_shows_a_secret_as_it_was_written(override: str) -> None:
     assert "${env:S}" in message
 
 
+# -- the function
+
+
+def test_it_reads_the_environment_and_takes_one_override_without_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    monkeypatch.setenv("WHERE", "runs/there")
+    assert load_job(str(tmp_path / "small.yaml"), "run.dir=${env:WHERE}").run.dir == "runs/there"
+
+
 # -- problems
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.freeze=[*.bias]", "train.freeze=[*bias]", "train.freeze=*", "optimizer.lr_scale={*.bias: 3}",
+     "optimizer.lr_scale={*bias: 3}"],
+)  # fmt: skip
+def test_a_pattern_that_yaml_takes_for_an_alias_is_told_how_to_be_written(override: str) -> None:
+    assert "a pattern that begins with * needs quotes: ['*.bias']" in refused(SMALL, override)
 
 
 def test_all_problems_are_reported_together() -> None:

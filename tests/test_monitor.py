@@ -17,6 +17,7 @@ from tests.conftest import ROOT, Workplace
 from toolkit.cluster import logs
 from toolkit.cluster.monitor import Known, judged, view, views
 from toolkit.cluster.queue import Entry
+from toolkit.errors import JobError
 from toolkit.run import Run
 
 NOW = 1_800_000_000.0
@@ -136,6 +137,13 @@ def test_a_damaged_run_hides_no_other(workplace: Workplace) -> None:
     said = workplace.run("status")
     assert "bad: runs/bad/status.json is damaged" in said.replace(str(workplace.folder) + "/", "")
     assert "completed" in said
+
+
+def test_of_one_run_alone_what_is_damaged_is_named(tmp_path: Path) -> None:
+    run = make(str(tmp_path), "completed")
+    Path(run.at("submitted.json")).write_bytes(b"\xff")
+    with pytest.raises(JobError, match=r"is damaged \('utf-8' codec"):
+        views(run.url)
 
 
 def test_status_as_json_is_for_machines(workplace: Workplace) -> None:

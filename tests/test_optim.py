@@ -56,6 +56,11 @@ def broken(step: int, total_steps: int) -> float:
     return total_steps / step
 
 
+def at(now: int, total_steps: int, step: int, value: float | None) -> float | None:
+    """A user's own, which is 1 but at one step."""
+    return value if now == step else 1.0
+
+
 def optimizer_of(name: str, model: nn.Module, **args: Any) -> Any:
     return build_optimizer(model, Component(name=name, args=args), CPU)
 
@@ -327,13 +332,19 @@ def test_the_shortest_runs_have_factors_too(name: str, total_steps: int) -> None
 @pytest.mark.parametrize(
     ("name", "args", "words"),
     [
-        ("one_cycle", {"rise": 1.0}, "'one_cycle': rise is 1.0"),
-        ("wsd", {"decay": 0.0}, "'wsd': decay is 0.0"),
+        ("one_cycle", {"rise": 1.0}, "'one_cycle': argument 'rise' is 1.0; it must be less than 1"),
+        ("wsd", {"decay": 0.0}, "'wsd': argument 'decay' is 0.0; it must be greater than 0"),
         ("wsd", {"shape": "cosine"}, "argument 'shape' is 'cosine'; it must be 'sqrt' or 'linear'"),
-        ("cosine_restarts", {"period_steps": 0}, "period_steps is 0"),
+        ("cosine_restarts", {"period_steps": 0}, "argument 'period_steps' is 0; it must be greater than or equal to 1"),
         ("cosine_restarts", {}, "argument 'period_steps' is missing"),
         (f"{__name__}:falling", {"power": "2"}, "argument 'power' is '2'"),
         (f"{__name__}:broken", {}, "at step 0 raised ZeroDivisionError"),
+        *[(name, {"warmup_steps": -5}, "'warmup_steps' is -5") for name in ("constant", "linear", "cosine", "wsd")],
+        *[(name, {"final": -3}, "'final' is -3") for name in ("linear", "cosine", "one_cycle", "wsd")],
+        ("cosine_restarts", {"period_steps": 7, "growth": 0, "final": 1.5}, "'growth' is 0(.|\n)*'final' is 1.5"),
+        (f"{__name__}:at", {"step": 0, "value": None}, "at step 0 is None; the factor of a learning rate must be"),
+        (f"{__name__}:at", {"step": TOTAL // 2, "value": -0.5}, f"at step {TOTAL // 2} is -0.5"),
+        (f"{__name__}:at", {"step": TOTAL - 1, "value": 1e999}, f"at step {TOTAL - 1} is inf"),
     ],
 )
 def test_a_schedule_that_could_not_work_is_refused(name: str, args: dict[str, Any], words: str) -> None:

@@ -55,6 +55,20 @@ def test_weights_and_inputs_of_four_dimensions_lie_in_channels_last_and_no_other
     assert not lies_last(plain.convolution.weight)
 
 
+def test_it_lies_as_torch_has_it_and_weights_of_five_dimensions_are_let_be() -> None:
+    theirs, ours = (nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+    for model in (theirs, ours):
+        model.register_buffer("grid", torch.zeros(2, 3, 4, 5))
+    theirs.to(CPU, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    placed(ours, CPU, channels_last=True)
+    strides = [[tensor.stride() for tensor in model.state_dict().values()] for model in (theirs, ours)]
+    assert strides[0] == strides[1]
+
+    video = placed(nn.ModuleList([nn.Conv3d(3, 6, 3), nn.Conv2d(6, 6, 3)]), CPU, channels_last=True)
+    assert lies_last(video.get_parameter("1.weight"))
+    assert video.get_parameter("0.weight").is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("model", "device", "words"),
     [

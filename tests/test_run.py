@@ -311,12 +311,20 @@ def test_other_data_are_a_difference_and_a_run_that_knows_nothing_of_its_data_go
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("status.json", b"{"), ("provenance.json", b"\xff\xfe"), ("provenance.json", b"")]
+    ("name", "content"),
+    [("status.json", b"{"), ("status.json", b"[1]"), ("provenance.json", b"\xff\xfe"), ("provenance.json", b"")],
 )
 def test_a_damaged_file_is_named(url: str, name: str, content: bytes) -> None:
     storage.write(Run(url).at(name), content)
     with pytest.raises(JobError, match=rf"{name} is damaged"):
         Run(url).status() if name == "status.json" else Run(url).provenance()
+
+
+def test_a_directory_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, words in (("file", "Not a directory"), ("file/x", "Not a directory"), ("x" * 300, "File name too long")):
+        with pytest.raises(JobError, match=words):
+            Run(str(tmp_path / place)).status()
 
 
 CHANGES = [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import toolkit
 from tests.conftest import DIGITS
 from toolkit import screening
 from toolkit.cluster.plan import Nodes, Plan
@@ -242,6 +243,29 @@ def test_without_sbatch_nothing_is_written(login: Login) -> None:
     ):
         login.submit()
     assert login.files() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"time_min": -5}, r"time_min \(--time\): -5 is not allowed; it must be greater than or equal to 1"),
+        ({"gpus_per_node": -3, "partition": 7}, r"partition \(--partition\): 7 (.|\n)*--gpus-per-node\): -3 is not"),
+        ({"max_parallel": 0, "sweep": "run.seed=1,2"}, r"max_parallel \(--max-parallel\) is 0; it must be at least 1"),
+    ],
+)
+def test_what_a_program_asks_for_is_checked_as_flags_are(arguments: dict[str, Any], words: str, login: Login) -> None:
+    with pytest.raises(JobError, match=words):
+        toolkit.submit("digits.yaml", dry_run=True, **arguments)
+
+
+def test_one_sweep_needs_no_list_and_keeps_the_secret_of_a_run_directory(
+    login: Login, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("D", f"{login.folder}/hunter2")
+    runs = toolkit.submit("digits.yaml", "run.dir=${env:D}", sweep="optimizer.args.lr=1e-3,3e-3", snapshot=False)
+    assert [run.url for run in runs] == [f"{login.folder}/hunter2/lr={lr}" for lr in ("0.001", "0.003")]
+    jobs = sorted(login.folder.rglob("job-?.yaml"))
+    assert ["${env:D}/lr=" in job.read_text() and "hunter2" not in job.read_text() for job in jobs] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["a%j", "a\\b", "a\nb"])

@@ -44,7 +44,7 @@ def train(
     changes = list(overrides or [])
     config = load_job(job, changes, os.environ)
     if fresh:
-        changes.append(f"run.dir={fresh_url(config.run.dir)}")
+        changes.append(config.moved_to(fresh_url(config.run.dir)))
         config = load_job(job, changes, os.environ)
     count = _ranks_to_start(processes or config.launch.processes)
     if count > 1:

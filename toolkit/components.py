@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 from toolkit.errors import JobError, RunError
-from toolkit.secret import Secret
+from toolkit.secret import Secret, without_secrets
 
 
 def find(kind: str, name: str, registry: Mapping[str, str]) -> Callable[..., Any]:
@@ -57,12 +57,11 @@ def build(
     args = checked_args(kind, component, constructor, len(positional), offers or {})
     try:
         return constructor(*positional, **args)
-    except JobError as error:
-        raise JobError(f"{kind} {component.name!r}: {error}") from error
-    except RunError as error:
-        raise RunError(f"{kind} {component.name!r}: {error}") from error
     except Exception as error:
-        raise JobError(f"{kind} {component.name!r} with {component.args} raised {_cause(error)}") from error
+        ours = isinstance(error, JobError | RunError)
+        words = f": {error}" if ours else f" with {component.args} raised {_cause(error)}"
+        of_kind = RunError if isinstance(error, RunError) else JobError
+        raise of_kind(f"{kind} {component.name!r}{without_secrets(words, component.args)}") from error
 
 
 def checked_args(
@@ -106,7 +105,7 @@ def checked_args(
 def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
     function = constructor.__init__ if inspect.isclass(constructor) else constructor
     try:
-        return get_type_hints(function)
+        return get_type_hints(function, include_extras=True)  # bounds, too
     except (NameError, TypeError):  # names that exist for type checkers only: then the constructor judges its arguments
         return {}
 

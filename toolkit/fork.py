@@ -6,7 +6,7 @@ from toolkit import storage
 from toolkit.checkpoint import Archive
 from toolkit.checkpoint.manifest import NAME
 from toolkit.config import job_from_text
-from toolkit.config.text import dump
+from toolkit.config.text import dump, quoted
 from toolkit.drift import changed, digest
 from toolkit.errors import JobError
 from toolkit.persistence import step_of
@@ -26,13 +26,22 @@ def fork(url: str, which: str, changes: Sequence[str], environment: Mapping[str,
         text = storage.read(text_url).decode()
     except OSError:
         raise JobError(f"{storage.shown(url)} is no run: it has no config.yaml; give the directory of a run") from None
-    given = [change for change in changes if change.startswith("run.dir=")]
-    changes = [*changes, *([] if given else [f"run.dir={fresh_url(url.rstrip('/') + '-fork')}"])]
-    job = job_from_text(text, text_url, changes, environment)
+    except UnicodeDecodeError as error:
+        raise JobError(f"{storage.shown(text_url)} is damaged: {error}; fork another run") from None
+    where = storage.shown(text_url)
+    if not any(change.startswith("run.dir=") for change in changes):
+        home, free = job_from_text(text, where, changes, environment), fresh_url(url.rstrip("/") + "-fork")
+        beside = free.startswith(home.run.dir.rstrip("/"))
+        changes = [*changes, home.moved_to(free) if beside else f"run.dir={quoted(free)}"]
+    job = job_from_text(text, where, changes, environment)
     old, new, target = Run(url), job.as_written(), Run(job.run.dir)
     if storage.names(target.url):
         raise JobError(f"run.dir {storage.shown(target.url)} is not empty; choose another run.dir")
     provenance = old.provenance()
+    if "job" not in provenance:
+        raise JobError(
+            f"{storage.shown(url)} has never been started, and has no checkpoint to go on from; train it first"
+        )
     lines = changed(provenance["job"], new)
     shaped = [line for line in lines if line.startswith(SHAPES)]
     if shaped:

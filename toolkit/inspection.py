@@ -23,9 +23,9 @@ def list_all(url: str, job: Job, console: Console) -> None:
     """A table of all checkpoints, the damaged ones with what is wrong."""
     archive = archive_of(url, job)
     best = archive.best()
-    table = Table(box=SIMPLE)
+    table = Table(box=SIMPLE, pad_edge=False)
     for column in ("step", "samples", "score", "size", "ranks", "attempt", "saved at", ""):
-        table.add_column(column, no_wrap=bool(column))
+        table.add_column(column, no_wrap=True)
     for step in archive.folders():
         try:
             manifest = read(archive.folder(step), step)
@@ -38,7 +38,12 @@ def list_all(url: str, job: Job, console: Console) -> None:
             table.add_row(str(step), *_columns(manifest), "best" if step == best else "")
     for name in archive.aside():
         table.add_row(name, *[""] * 6, "put aside as damaged")
-    console.print(table if table.row_count else f"{storage.shown(url)} has no checkpoints yet")
+    if not table.row_count:
+        console.print(f"{storage.shown(url)} has no checkpoints yet", **_PLAIN)
+        return
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.width = max(console.width, needed)  # the terminal wraps what is too long: a reason is worth its lines
+    console.print(table)
 
 
 def verify(url: str, job: Job, which: str, console: Console) -> int:

@@ -28,7 +28,10 @@ def placed(model: nn.Module, device: torch.device, channels_last: bool = False) 
     if not channels_last:
         return model.to(device)
     model.register_forward_pre_hook(_inputs_last)
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    for tensor in (*model.to(device).parameters(), *model.buffers()):
+        if tensor.ndim == 4:  # `Module.to` would try those of five, too, for which there is no such order
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    return model
 
 
 def _inputs_last(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

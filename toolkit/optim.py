@@ -9,10 +9,11 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import cos, pi, sqrt
-from typing import Any, Literal
+from math import cos, isfinite, pi, sqrt
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -149,29 +150,46 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def build_schedule(component: Any, total_steps: int) -> Callable[[int], float]:
-    """Step -> factor of the learning rate. Raises JobError for one that has no factor for the first step."""
+    """Step -> factor of the learning rate. Raises JobError for one that has none for the first step, the last, or the
+    one in the middle.
+    """
     schedule = components.find("schedule", component.name, SCHEDULES)
     args = components.checked_args("schedule", component, schedule, positional=2)
-    try:
-        schedule(0, total_steps, **args)
-    except JobError as error:
-        raise JobError(f"schedule {component.name!r}: {error}") from error
-    except Exception as error:
-        raise JobError(f"schedule {component.name!r} at step 0 raised {type(error).__name__}: {error}") from error
+    for step in sorted({0, total_steps // 2, total_steps - 1}):
+        where = f"schedule {component.name!r} at step {step}"
+        try:
+            factor = schedule(step, total_steps, **args)
+        except Exception as error:
+            raise JobError(f"{where} raised {type(error).__name__}: {error}") from error
+        if not _multiplies(factor):
+            raise JobError(f"{where} is {factor!r}; the factor of a learning rate must be a finite number, 0 or more")
     return partial(schedule, total_steps=total_steps, **args)
 
 
-def constant(step: int, total_steps: int, warmup_steps: int = 0) -> float:
+def _multiplies(factor: Any) -> bool:
+    """Whether a learning rate can be multiplied by it."""
+    try:
+        return isfinite(factor) and bool(factor >= 0)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def constant(step: int, total_steps: int, warmup_steps: Steps = 0) -> float:
     """1, after a linear rise over `warmup_steps`."""
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-def linear(step: int, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> float:
+def linear(step: int, total_steps: int, warmup_steps: Steps = 0, final: Share = 0.0) -> float:
     """A straight line from 1 down to `final`, after a linear rise over `warmup_steps`."""
     return _warmed(step, warmup_steps, final + (1 - final) * (1 - _progress(step, total_steps, warmup_steps)))
 
 
-def cosine(step: int, total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> float:
+def cosine(step: int, total_steps: int, warmup_steps: Steps = 0, final: Share = 0.0) -> float:
     """Half a cosine from 1 down to `final` (Loshchilov and Hutter, arXiv:1608.03983), after a linear rise over
     `warmup_steps`.
     """
@@ -179,7 +197,7 @@ def cosine(step: int, total_steps: int, warmup_steps: int = 0, final: float = 0.
 
 
 def cosine_restarts(
-    step: int, total_steps: int, period_steps: int, growth: int = 1, warmup_steps: int = 0, final: float = 0.0
+    step: int, total_steps: int, period_steps: Count, growth: Count = 1, warmup_steps: Steps = 0, final: Share = 0.0
 ) -> float:
     """SGDR: half a cosine from 1 down to `final`, again and again, after a linear rise over `warmup_steps`.
 
@@ -187,22 +205,24 @@ def cosine_restarts(
     arXiv:1608.03983, T_0 and T_mult). A run of period_steps * (growth^n - 1) / (growth - 1) steps, or of n periods if
     growth is 1, ends at the end of one.
     """
-    if min(period_steps, growth) < 1:
-        raise JobError(f"period_steps is {period_steps} and growth {growth}; both must be at least 1")
     since, period = max(0, step - warmup_steps), period_steps
     while growth > 1 and since >= period:
         since, period = since - period, period * growth
     return _warmed(step, warmup_steps, _half_cosine(1, final, since % period / period))
 
 
-def one_cycle(step: int, total_steps: int, rise: float = 0.3, initial: float = 0.04, final: float = 4e-6) -> float:
+def one_cycle(
+    step: int,
+    total_steps: int,
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3,
+    initial: Share = 0.04,
+    final: Share = 4e-6,
+) -> float:
     """Half a cosine up from `initial` to 1 over the share `rise` of the run, then one down to `final` at its last step.
 
     One cycle as in Smith and Topin (arXiv:1708.07120) and Smith (arXiv:1803.09820), with the numbers of
     torch.optim.lr_scheduler.OneCycleLR; the momentum stays as it is.
     """
-    if not 0 < rise < 1:
-        raise JobError(f"rise is {rise}, a share of the run; it must lie between 0 and 1")
     top, last = rise * total_steps - 1, total_steps - 1
     if step <= top:
         return _half_cosine(initial, 1, step / top if top > 0 else 1)
@@ -212,10 +232,10 @@ def one_cycle(step: int, total_steps: int, rise: float = 0.3, initial: float = 0
 def wsd(
     step: int,
     total_steps: int,
-    warmup_steps: int = 0,
-    decay: float = 0.2,
+    warmup_steps: Steps = 0,
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2,
     shape: Literal["sqrt", "linear"] = "sqrt",
-    final: float = 0.0,
+    final: Share = 0.0,
 ) -> float:
     """Warm-up, stable, decay: a linear rise over `warmup_steps`, then 1, then down to `final` over the last share
     `decay` of the run.
@@ -223,8 +243,6 @@ def wsd(
     The descent is 1 - sqrt(x), the better one in Hägele et al. (arXiv:2405.18392), or a line. As the factor is 1 until
     then, a checkpoint from before it can go on to any length of run (MiniCPM, arXiv:2404.06395).
     """
-    if not 0 < decay <= 1:
-        raise JobError(f"decay is {decay}, a share of the run; it must be above 0 and at most 1")
     decayed = max(0.0, 1 - (total_steps - step) / (decay * total_steps))
     return _warmed(step, warmup_steps, final + (1 - final) * (1 - (sqrt(decayed) if shape == "sqrt" else decayed)))
 

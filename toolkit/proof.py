@@ -25,7 +25,7 @@ from toolkit import storage
 from toolkit.checkpoint import Archive, reader
 from toolkit.checkpoint.manifest import DTYPES, NAME
 from toolkit.config import Job
-from toolkit.errors import RunError
+from toolkit.errors import JobError, RunError
 from toolkit.run import Run
 
 POLL_S = 0.002
@@ -97,7 +97,7 @@ class _Start:
         )
 
     def finish(self) -> None:
-        """Wait for its end. Raises RunError with what it said if it failed."""
+        """Wait for its end. Raises RunError with what it said if it failed, JobError if it was refused."""
         try:
             status = self.process.wait()
         finally:
@@ -105,7 +105,7 @@ class _Start:
         if status:
             self.log.seek(0)
             said = self.log.read().decode(errors="replace")[-2000:]
-            raise RunError(f"a run ended with exit status {status}; it said:\n{said}")
+            raise (JobError if status == 2 else RunError)(f"a run ended with exit status {status}; it said:\n{said}")
 
     def kill(self) -> None:
         """kill -9 of the command and all below it, as when the machine goes away."""

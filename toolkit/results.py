@@ -21,6 +21,9 @@ class Run(run.Run):
     `checkpoints` finds, verifies and loads them; `load_model()` gives the model of one.
     """
 
+    def __repr__(self) -> str:
+        return f"Run({storage.shown(self.url)!r})"
+
     def job(self) -> Job:
         """The job that it was made for. Raises JobError if there is no run here."""
         url, where = self.at("config.yaml"), storage.shown(self.url)
@@ -32,7 +35,9 @@ class Run(run.Run):
             ) from None
         except OSError as error:
             raise JobError(f"{where} cannot be read: {error}") from None
-        return job_from_text(text, url, (), os.environ)
+        except UnicodeDecodeError as error:
+            raise JobError(f"{storage.shown(url)} is damaged: {error}; start the run again from its job file") from None
+        return job_from_text(text, storage.shown(url), (), os.environ)
 
     @property
     def checkpoints(self) -> "Archive":

@@ -241,10 +241,13 @@ def _now() -> str:
 
 def _json(url: str) -> Any:
     try:
-        return json.loads(storage.read(url))
+        found = json.loads(storage.read(url))
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a {type(found).__name__}, not an object with keys")
+        return found
     except FileNotFoundError:
         return None
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise JobError(f"{storage.shown(url)} cannot be read ({error}); choose another run.dir") from error
     except ValueError as error:
         raise JobError(

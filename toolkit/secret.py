@@ -1,5 +1,8 @@
 """A text that came from the environment. Errors and files show where it came from, never what it says."""
 
+import re
+from typing import Any
+
 
 class Secret(str):
     """Acts as its text; `repr`, which messages use, is what the job file says instead, such as '${env:TOKEN}'."""
@@ -16,3 +19,13 @@ class Secret(str):
 
     def __reduce__(self) -> tuple[type["Secret"], tuple[str, str]]:
         return Secret, (str(self), self.written)
+
+
+def without_secrets(words: str, tree: Any) -> str:
+    """Words in which each secret of a tree of values stands as it was written, such as what a library says of one."""
+    if isinstance(tree, dict | list):
+        for node in tree.values() if isinstance(tree, dict) else tree:
+            words = without_secrets(words, node)
+    if isinstance(tree, Secret) and tree:
+        words = re.sub(rf"(?<!\w){re.escape(tree)}(?!\w)", lambda match: tree.written, words)
+    return words

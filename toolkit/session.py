@@ -76,23 +76,24 @@ def train(job: Job, ranks: Ranks = ALONE, console: Console | None = None, comman
 
     It goes on from its newest checkpoint, and takes the steps that it would have taken; a run that is complete is left
     as it is. The result's `state` tells `completed` from `preempted`: then a signal has stopped it, with all saved.
-    Raises JobError before anything is written, RunError if training fails.
+    Call it in the main thread; its signal handlers are there only meanwhile. Raises JobError before anything is
+    written, RunError if training fails.
     """
     console = console or Console(quiet=True)
-    signals = StopSignals().listen()
-    device = distributed.choose_device(job.train.device, ranks)
-    distributed.join(ranks, device, job.launch.limits.longest_s)
-    machine = world.meet()
-    run = Run(job.run.dir)
-    if done := distributed.from_rank_0(lambda: run.completed(job.as_written())):
-        console.print(done["summary"], COMPLETE, **PLAIN)
-        return Result("completed", run.url, done["step"], done["metrics"])
-    parts = build(job, ranks, device)
-    world.see_the_same(parts.data)
-    _rehearse(parts)
-    attempt = distributed.from_rank_0(lambda: _open(run, job, parts, machine, command, console))
-    with settled():
-        return _trained(run, job, parts, attempt, machine, signals, console)
+    with StopSignals().listening() as signals:
+        device = distributed.choose_device(job.train.device, ranks)
+        distributed.join(ranks, device, job.launch.limits.longest_s)
+        machine = world.meet()
+        run = Run(job.run.dir)
+        if done := distributed.from_rank_0(lambda: run.completed(job.as_written())):
+            console.print(done["summary"], COMPLETE, **PLAIN)
+            return Result("completed", run.url, done["step"], done["metrics"])
+        parts = build(job, ranks, device)
+        world.see_the_same(parts.data)
+        _rehearse(parts)
+        attempt = distributed.from_rank_0(lambda: _open(run, job, parts, machine, command, console))
+        with settled():
+            return _trained(run, job, parts, attempt, machine, signals, console)
 
 
 def build(job: Job, ranks: Ranks, device: torch.device) -> Parts:

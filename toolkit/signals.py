@@ -5,8 +5,12 @@ The handler sets a flag and nothing else: saving inside a handler hangs or never
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from toolkit.errors import JobError
 
 # USR1 and USR2 are what schedulers send before a time limit or a preemption.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -26,17 +30,38 @@ def leave_at_once() -> None:
 
 
 class StopSignals:
-    """From `listen` on, a stopping signal sets `received`. A second Ctrl-C leaves at once."""
+    """From `listen` on, or while `listening`, a stopping signal sets `received`. A second Ctrl-C leaves at once."""
 
     def __init__(self, at_second_interrupt: Callable[[], None] = leave_at_once) -> None:
         self.received: signal.Signals | None = None
         self.at_second_interrupt = at_second_interrupt
 
     def listen(self) -> "StopSignals":
+        """Hear signals to the end of this process."""
         for number in STOPPING:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return self
+
+    @contextmanager
+    def listening(self) -> Iterator["StopSignals"]:
+        """Hear signals in here. Afterwards handlers and mask are those from before, such as a notebook's.
+
+        Raises JobError outside the main thread, which alone can hear them in Python.
+        """
+        if (thread := threading.current_thread()) is not threading.main_thread():
+            raise JobError(
+                f"signals that stop a run are heard by the main thread only, and this is thread {thread.name!r}; "
+                "use toolkit.launch, or train in the main thread"
+            )
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
+        try:
+            yield self.listen()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)  # None: one in C, which Python cannot put back
 
     def wanted(self) -> bool:
         return self.received is not None

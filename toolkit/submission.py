@@ -20,7 +20,7 @@ def submit(
     qos: str = "",
     time_min: int | None = None,
     container: str = "",
-    sweep: Sequence[str] = (),
+    sweep: str | Sequence[str] = (),
     max_parallel: int | None = None,
     snapshot: bool = True,
     wait: bool = False,
@@ -43,8 +43,9 @@ def submit(
     asked = {"gpus_per_node": gpus_per_node, "partition": partition, "account": account, "qos": qos,
              "time_min": time_min}  # fmt: skip
     with job_file(job) as path:
+        sweeps = [sweep] if isinstance(sweep, str) else list(sweep)
         request = Request(
-            path, overrides, cluster, executor, str(nodes), asked, container, list(sweep), max_parallel, snapshot
+            path, overrides, cluster, executor, str(nodes), asked, container, sweeps, max_parallel, snapshot
         )
         return [Run(run.url) for run in submitted(request, os.environ, _screen, dry_run, wait)]
 

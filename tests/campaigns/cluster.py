@@ -130,13 +130,13 @@ class Scene:
     def starts(self) -> list[list[int]]:
         """The steps that each start of rank 0 has begun, counted from 0, one start after the other.
 
-        The first call of a start's schedule is none: it is tried out, at step 0, when the job is built.
+        The first three calls of a start's schedule are none: it is tried out when the job is built.
         """
         path, found = self.folder / "taken", dict[str, list[int]]()
         for line in path.read_text().splitlines() if path.exists() else []:
             who, step = line.split()
             found.setdefault(who, []).append(int(step))
-        return [steps for _, *steps in found.values() if steps]
+        return [steps for _, _, _, *steps in found.values() if steps]
 
     def wait_for_the_end(self) -> None:
         def ended() -> bool:

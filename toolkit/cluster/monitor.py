@@ -82,7 +82,7 @@ def view(run: str) -> View:
     names = storage.names(run)
     if not IS_RUN.intersection(names):
         raise JobError(f"{storage.shown(run)} is no run; give the directory of one, such as runs/digits_mlp")
-    return _views([_known(run, names, scored=False)])[0]
+    return _views([_alone(run, names, scored=False)])[0]
 
 
 def views(root: str) -> tuple[list[View], bool]:
@@ -92,7 +92,7 @@ def views(root: str) -> tuple[list[View], bool]:
     """
     names = storage.names(root)
     if IS_RUN.intersection(names):
-        return _views([_known(root, names)]), False
+        return _views([_alone(root, names)]), False
     urls = [storage.join(root, name) for name in names if not name.startswith(".")]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         found = [known for known in pool.map(_known_or_none, urls) if known]
@@ -201,6 +201,18 @@ def _known_or_none(url: str) -> Known | None:
         return _known(url, names) if IS_RUN.intersection(names) else None
     except (OSError, ValueError) as error:
         return Known(url, {"state": "damaged", "reason": str(error)}, {})
+
+
+def _alone(url: str, names: Sequence[str], scored: bool = True) -> Known:
+    """As `_known`. Raises JobError for one of whose files the text is damaged."""
+    try:
+        return _known(url, names, scored)
+    except JobError:
+        raise
+    except ValueError as error:
+        raise JobError(
+            f"{storage.shown(url)} is damaged ({error}); remove it, or start a new run with --fresh"
+        ) from error
 
 
 def _known(url: str, names: Sequence[str], scored: bool = True) -> Known:

@@ -1,6 +1,7 @@
 """The cluster profile, slurm/*.yaml: what every job of one cluster shares. Checked like a job file."""
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ OURS = {
     "signal": "signal_lead_s", "requeue": "", "no-requeue": "", "no-kill": "", "export": "env", "output": "",
     "error": "", "open-mode": "", "ntasks": "", "ntasks-per-node": "", "wait": "--wait", "wrap": "", "container": "",
 }  # fmt: skip
+_FLAGS = {"time_min": "--time"}  # where it is not the key's own name
 
 
 def _text(value: Any) -> Any:
@@ -125,6 +127,17 @@ def load_profile(path: str) -> Profile:
         origin = {key: f"line {line}" for key, line in document.lines.items()}
         raise JobError(report(path, problems, origin, "cluster profile"))
     return profile
+
+
+def overridden(profile: Profile, given: Mapping[str, Any]) -> Profile:
+    """The profile with other values of some keys, which came as arguments or flags. Raises JobError that names both."""
+    try:
+        return Profile.model_validate(profile.model_dump(exclude_unset=True) | dict(given))
+    except ValidationError as error:
+        problems = schema_problems(error.errors(), {}, Profile)
+    named = {str(path[0]): words for path, words in problems}
+    lines = [f"{key} ({_FLAGS.get(key, '--' + key.replace('_', '-'))}): {words}" for key, words in named.items()]
+    raise JobError("\n".join(lines))
 
 
 def _read(path: str) -> str:

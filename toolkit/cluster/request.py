@@ -13,7 +13,7 @@ from toolkit.cluster.batch import supervise
 from toolkit.cluster.logs import show
 from toolkit.cluster.monitor import view
 from toolkit.cluster.plan import Nodes, Plan
-from toolkit.cluster.profile import Profile, load_profile
+from toolkit.cluster.profile import Profile, load_profile, overridden
 from toolkit.cluster.submit import Submission, check, dry_run, folder_for, submit
 from toolkit.config import Job, load_job
 from toolkit.config.text import dump
@@ -91,6 +91,8 @@ def _submission(request: Request, environment: Mapping[str, str]) -> Submission:
     plans = [Plan(job, profile, nodes, request.image or None) for job in jobs]
     if request.executor == "local" and (nodes != Nodes() or request.image):
         raise JobError("--executor local is this machine alone: leave out --nodes and --container")
+    if request.most_at_once is not None and request.most_at_once < 1:
+        raise JobError(f"max_parallel (--max-parallel) is {request.most_at_once}; it must be at least 1, or left out")
     if request.most_at_once and (request.executor == "local" or not request.sweeps):
         raise JobError("--max-parallel is for a --sweep on Slurm; here it would do nothing: leave it out")
     root = _absolute(load_job(request.job, request.overrides, environment)) if request.sweeps else jobs[0]
@@ -111,20 +113,15 @@ def _jobs(request: Request, environment: Mapping[str, str]) -> list[Job]:
         return [job]
     points = sweep.points(request.sweeps, job.run.dir)
     return [
-        load_job(request.job, [*request.overrides, *point.overrides, f"run.dir={_quoted(point.dir)}"], environment)
+        load_job(request.job, [*request.overrides, *point.overrides, job.moved_to(point.dir)], environment)
         for point in points
     ]
-
-
-def _quoted(text: str) -> str:
-    """As a YAML text, whatever is in it."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _absolute(job: Job) -> Job:
     """The job with a run directory that means the same from any folder."""
     local = storage.local_path(job.run.dir)
-    if local is None:
+    if local is None or os.path.abspath(local) == job.run.dir:
         return job
     run = job.run.model_copy(update={"dir": os.path.abspath(local)})
     absolute = job.model_copy(update={"run": run})
@@ -133,8 +130,8 @@ def _absolute(job: Job) -> Job:
 
 
 def _profile(path: str, asked: Mapping[str, Any]) -> Profile:
-    profile = load_profile(path) if path else Profile()
-    return profile.model_copy(update={key: value for key, value in asked.items() if value not in ("", None)})
+    given = {key: value for key, value in asked.items() if value not in ("", None)}
+    return overridden(load_profile(path) if path else Profile(), given)
 
 
 def supervised(

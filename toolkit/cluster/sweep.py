@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from toolkit.config.text import parse, scalar
+from toolkit.config.text import parse, quoted, scalar
 from toolkit.errors import JobError
 
 MAX_POINTS = 1000
@@ -118,15 +118,11 @@ def _plain(value: Any) -> str:
 def _yaml(value: Any) -> str:
     """Flow YAML that `parse` reads back to the same value."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_quoted(key)}: {_yaml(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{quoted(key)}: {_yaml(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_yaml, value)) + "]"
     if isinstance(value, str):
-        return value if _BARE.fullmatch(value) and scalar(value) is value else _quoted(value)
+        return value if _BARE.fullmatch(value) and scalar(value) is value else quoted(value)
     if isinstance(value, float) and math.isinf(value):
         return "1e999" if value > 0 else "-1e999"  # YAML's .inf is a word to `parse`
     return json.dumps(value)
-
-
-def _quoted(text: str) -> str:
-    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'

@@ -17,13 +17,13 @@ from toolkit.config.text import Path, Problem, dump, parse
 from toolkit.errors import JobError
 
 
-def load_job(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Job:
-    """The validated job of a file and its `KEY=VALUE` overrides.
+def load_job(path: str, overrides: str | Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> Job:
+    """The validated job of a file and its `KEY=VALUE` overrides, of which one may come without a list.
 
     `${env:NAME}` is replaced from `environment`. Raises JobError that names all problems at once, each with its line,
     what is allowed and the nearest key that exists.
     """
-    return job_from_text(_read(path), path, overrides, environment or {})
+    return job_from_text(_read(path), path, [overrides] if isinstance(overrides, str) else overrides, environment)
 
 
 def job_from_text(text: str, path: str, overrides: Sequence[str], environment: Mapping[str, str]) -> Job:

@@ -43,7 +43,9 @@ def _words(path: Path, group: Sequence[ErrorDetails], written: Mapping[Path, str
         return f"is missing{about}"
     given = _as_written(first["input"], path, written)
     allowed = " or ".join(dict.fromkeys(error["msg"].removeprefix("Input should be ") for error in group))
-    allowed = allowed.replace("String should match pattern", "text of the form")
+    allowed = allowed.replace("String should match pattern", "text of the form").replace(
+        "String should have", "text of"
+    )
     if first["type"] == "value_error":
         return allowed.removeprefix("Value error, ")
     return f"{given!r} is not allowed; it must be {allowed}{about}"

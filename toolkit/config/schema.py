@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from toolkit.config.text import quoted
 from toolkit.errors import JobError
 
 
@@ -271,6 +272,15 @@ class Job(Section):
                 "than on others, and with train.strategy fsdp or train.sync_batch_norm all must step together; use at "
                 "least 2, or strategy ddp without it"
             )
+
+    def moved_to(self, url: str) -> str:
+        """The override that puts the run at a URL that begins with run.dir; what comes from `${env:…}` stays so."""
+        written = self._written.get(("run", "dir"), self.run.dir)
+        if written.endswith("}") and self.run.dir.endswith("/"):
+            raise JobError(
+                f"run.dir {written!r} stands for what ends in /, and a name is to follow; leave the / out of it"
+            )
+        return f"run.dir={quoted(written.rstrip('/') + url.removeprefix(self.run.dir.rstrip('/')))}"
 
     def as_written(self) -> dict[str, Any]:
         """The job in full with every default, `${env:…}` as the file has it, so that no secret is stored."""

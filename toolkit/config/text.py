@@ -15,6 +15,7 @@ import yaml
 Path = tuple[str | int, ...]
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 32
+_STAR = "a pattern that begins with * needs quotes: ['*.bias'], and in a shell so does the whole KEY=VALUE"
 
 _CONSTANTS: dict[str, Any] = {"": None, "~": None} | {
     spelling: value
@@ -67,7 +68,8 @@ def parse(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{where}{error.problem}") from None
+        of_alias = f"; {_STAR}" if "alias" in (error.context or "") else ""
+        raise ValueError(f"{where}{error.problem}{of_alias}") from None
     except yaml.reader.ReaderError as error:
         raise ValueError(f"character {error.position}: {error.reason}") from None
     return Document(value, reader.lines, reader.problems)
@@ -76,6 +78,11 @@ def parse(text: str) -> Document:
 def dump(tree: Any) -> str:
     """YAML text that `parse` reads back to the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def quoted(text: str) -> str:
+    """The text as a scalar of one line that `parse` reads back to it, whatever is in it."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
 
 
 _CONTENT = (yaml.NodeEvent, yaml.CollectionEndEvent)
@@ -91,7 +98,9 @@ class _Reader:
         line = event.start_mark.line + 1
         self.lines.setdefault(path, line)
         if isinstance(event, yaml.AliasEvent):
-            self.problems.append(Problem(path, f"*{event.anchor}: aliases are not allowed; write the value out"))
+            self.problems.append(
+                Problem(path, f"*{event.anchor}: aliases are not allowed; write the value out; {_STAR}")
+            )
             return None
         if event.anchor is not None:
             self.problems.append(
@@ -116,7 +125,8 @@ class _Reader:
         for event in self._children():
             line: int = event.start_mark.line + 1
             if not isinstance(event, yaml.ScalarEvent):
-                raise ValueError(f"line {line}: a key must be a plain word")
+                of_alias = f"; {_STAR}" if isinstance(event, yaml.AliasEvent) else ""
+                raise ValueError(f"line {line}: a key must be a plain word{of_alias}")
             key: str = event.value
             if key in result:
                 first = self.lines[(*path, key)]

@@ -9,7 +9,7 @@ from toolkit.errors import JobError
 from toolkit.secret import Secret
 
 LOCAL_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EBUSY}
-REMOTE_FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
+REMOTE_FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 OWN_FAULTS = (TypeError, AttributeError, NotImplementedError, AssertionError, LookupError)
 NO_RIGHTS = {  # of botocore, asyncssh, azure and gcsfs, which are not imported only to name them
@@ -57,7 +57,8 @@ def _is_about_rights(error: BaseException) -> bool:
 
 
 def _is_malformed(error: BaseException) -> bool:
-    return isinstance(error, ValueError) or bool({type(error).__name__, error_code(error)} & MALFORMED)
+    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return too_long or isinstance(error, ValueError) or bool({type(error).__name__, error_code(error)} & MALFORMED)
 
 
 def _response(error: BaseException | None) -> dict[str, Any]:
