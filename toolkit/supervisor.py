@@ -4,7 +4,6 @@ starts them again from the newest checkpoint. Never imports torch.
 
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from toolkit import node, postmortem, storage, watchdog
 from toolkit.attempt import Attempt, Look
 from toolkit.config import Job
+from toolkit.console import say
 from toolkit.errors import JobError
 from toolkit.lock import holder_of, newest_claim
 from toolkit.logs import KeptLogs
@@ -34,14 +34,14 @@ def supervise(job: Job, words: Sequence[str], processes: int, environment: Mappi
     """
     job.check_ranks(processes)
     if done := Run(job.run.dir).completed(job.as_written()):
-        print(f"{done['summary']}\n{COMPLETE}")
+        say(f"{done['summary']}\n{COMPLETE}")
         return 0
     signals = StopSignals(at_second_interrupt=_interrupt).listen()
     be_subreaper()
     try:
         return Supervisor(job, words, environment, signals, Here(processes)).run().status
     except KeyboardInterrupt:
-        print(f"left at once; what came after the newest checkpoint is lost; {AGAIN}", file=sys.stderr)
+        say(f"left at once; what came after the newest checkpoint is lost; {AGAIN}", error=True)
         return 1
 
 
@@ -143,7 +143,7 @@ class Supervisor:
             with node.new_folder() as folder:
                 outcome, goes_on = self._attempted(self.place.attempt(folder))
             if outcome.message:  # of the command, an error only if it ends with it
-                print(outcome.message, file=sys.stdout if goes_on else sys.stderr, flush=True)
+                say(outcome.message, error=not goes_on)
             if not goes_on:
                 return outcome
 
@@ -205,7 +205,7 @@ class Supervisor:
         if self.resumed_step is None:
             self.resumed_step = beat.step
         elif beat.step > self.resumed_step:
-            print(f"the first new step came {time.monotonic() - self.failed_s:.1f} s after the failure", flush=True)
+            say(f"the first new step came {time.monotonic() - self.failed_s:.1f} s after the failure")
             self.failed_s = None
 
     def _number(self, look: Look, before: Mapping[str, Any] | None) -> int | None:
@@ -272,4 +272,4 @@ def _complained() -> Iterator[None]:
     try:
         yield
     except (OSError, JobError) as error:
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        say(f"WARNING: {error}", error=True)

@@ -1,7 +1,6 @@
 """In the batch step of a Slurm job, outside any container: the supervisor of a run over the job's nodes."""
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from toolkit.cluster.allocation import TWICE, Allocation
 from toolkit.cluster.deadline import Deadline
 from toolkit.cluster.memory import Memory
 from toolkit.cluster.plan import Plan
+from toolkit.console import say
 from toolkit.errors import JobError
 from toolkit.process import be_subreaper
 from toolkit.run import CANCEL, COMPLETE, STOP, Run
@@ -37,11 +37,11 @@ def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environmen
     memory, restarts = Memory(run, job_id), int(environment.get("SLURM_RESTART_COUNT", "0"))
     try:
         if done := run.completed(plan.job.as_written()):
-            print(f"{done['summary']}\n{COMPLETE}")
+            say(f"{done['summary']}\n{COMPLETE}")
             return 0
         seen = _seen(plan, paths)
     except OSError as error:  # the store is away, for longer than it is waited for
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        say(f"WARNING: {error}", error=True)
         return _again(run, job_id, memory, restarts, [])
     deadline = Deadline(signals, partial(_ends_at_s, job_id), partial(_status, run), plan.profile.signal_lead_s)
     allocation = Allocation(plan, job_id, memory, environment, seen, deadline.warn)
@@ -66,7 +66,7 @@ def _ends_at_s(job_id: str) -> float | None:
     try:
         facts = slurm.job_facts(job_id)
     except slurm.SlurmError as error:
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        say(f"WARNING: {error}", error=True)
         return None
     return facts.ends_at_s if facts else None
 
@@ -96,20 +96,20 @@ def _again(run: Run, job_id: str, memory: Memory, restarts: int, bad: Sequence[s
             "(--time), save more often (checkpoint.every_steps), or find out what it waits for at its start"
         )
         run.mark("failed", reason=words, exit=1)
-        print(words, file=sys.stderr, flush=True)
+        say(words, error=True)
         return 1
     hold_back()  # from here on TERM is what we have asked for, also to the commands that are started here
     try:
         became = slurm.requeue(job_id, restarts, PATIENCE_S)
     except slurm.SlurmError as error:  # such as a job of salloc
-        print(f"WARNING: not queued again: {error}; the same command goes on from here", file=sys.stderr, flush=True)
+        say(f"WARNING: not queued again: {error}; the same command goes on from here", error=True)
         return 75
     if became == slurm.REQUEUED:
-        print(f"job {job_id} is queued again, to go on from the newest checkpoint", flush=True)
+        say(f"job {job_id} is queued again, to go on from the newest checkpoint")
         _exclude(job_id, bad)
         time.sleep(60)  # Slurm ends this within KillWait
     else:
-        print(f"job {job_id} is {became}: Slurm sees to it itself", flush=True)
+        say(f"job {job_id} is {became}: Slurm sees to it itself")
     return 75
 
 
@@ -135,6 +135,6 @@ def _exclude(job_id: str, bad: Sequence[str]) -> None:
         hosts = sorted({*bad, *(facts.excluded if facts else ())})
         slurm.ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(hosts)}", patience_s=5)
     except slurm.SlurmError as error:
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        say(f"WARNING: {error}", error=True)
     else:
-        print(f"without node {', '.join(bad)}, which has failed twice", flush=True)
+        say(f"without node {', '.join(bad)}, which has failed twice")
