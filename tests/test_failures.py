@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from toolkit import oom, postmortem, pulse, verdict, watchdog, world
-from toolkit.attempt import Look, Note
+from toolkit import oom, postmortem, pulse, watchdog, world
+from toolkit.attempt import Look
 from toolkit.deaths import killed
 from toolkit.errors import JobError
 from toolkit.oom import OomWatch
@@ -173,18 +173,6 @@ def test_a_kill_that_the_cgroup_has_counted_is_for_want_of_memory(
     assert "has just counted a kill" in str(watch.verdict(-1))
 
 
-def note(message: str, status: int = 1, **changes: Any) -> Note:
-    """The last words of a rank."""
-    return {"pid": 7, "host": "n1", "exit": status, "message": message, "time_s": 0.0, "blamed": None} | changes
-
-
-class Ended:
-    """Of an attempt, what a verdict asks for."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-
-
 def failure(**changes: Any) -> Failure:
     given: dict[str, Any] = {
         "who": "rank 1 (pid 7)", "kind": "SIGKILL", "cause": "was killed by SIGKILL", "remedy": "start again",
@@ -236,16 +224,3 @@ def test_the_odd_rank_is_named_with_what_it_has(key: str) -> None:
         world.refuse_odd(found)
     assert f"rank 2 on host n2 has {key} y, 3 ranks have x" in str(refused.value)
     assert str(refused.value).count("on host") == 1
-
-
-def test_the_first_to_fail_is_the_first_though_the_clock_of_its_node_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seen(clock_s: float, rank: int, ago_s: float, message: str) -> Look:
-        """What a node with that clock tells a supervisor whose own says 1000."""
-        monkeypatch.setattr(time, "time", lambda: clock_s)
-        told = json.loads(json.dumps(Look({rank: note(message, time_s=clock_s - ago_s)}).encoded()))
-        monkeypatch.setattr(time, "time", lambda: 1000.0)
-        return Look.decoded(told)
-
-    first, second = seen(1000.2, 1, 0.1, "IndexError"), seen(1000.0, 0, 0.05, "Connection closed by peer")
-    outcome = verdict.in_words(Ended(2), Look({**second.notes, **first.notes}))
-    assert outcome.message == "rank 1: IndexError"

@@ -15,10 +15,11 @@ from toolkit.cluster.memory import Memory
 from toolkit.cluster.plan import Plan
 from toolkit.console import say
 from toolkit.errors import JobError
+from toolkit.lock import holder_of
 from toolkit.process import be_subreaper
-from toolkit.run import CANCEL, COMPLETE, STOP, Run
+from toolkit.run import COMPLETE, Run
 from toolkit.signals import StopSignals, hold_back
-from toolkit.supervisor import Supervisor
+from toolkit.supervisor import Supervisor, asked_to_end, complained
 
 MOST = 3  # times that a job is queued again with no new checkpoint in between
 PATIENCE_S = 300.0  # for a slurmctld that is away when the job is to be queued again
@@ -45,12 +46,12 @@ def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environmen
         return _again(run, job_id, memory, restarts, [])
     deadline = Deadline(signals, partial(_ends_at_s, job_id), partial(_status, run), plan.profile.signal_lead_s)
     allocation = Allocation(plan, job_id, memory, environment, seen, deadline.warn)
-    outcome = Supervisor(plan.job, words, environment, deadline.listen(), allocation).run()
+    outcome = Supervisor(plan.job, words, environment, deadline.listen(), allocation, was_started=restarts > 0).run()
     out_of_time = deadline.received and outcome.status not in (0, 2)
-    if (out_of_time or allocation.short) and not _asked_to_end(run):
+    if (out_of_time or allocation.short) and not asked_to_end(run):
         return _again(run, job_id, memory, restarts, _to_exclude(plan, memory), counts=not deadline.preempted)
-    if outcome.status == 2 and _status(run).get("state") == "queued":  # refused by the ranks, who have written nothing
-        run.mark("failed", reason=outcome.message, exit=2)
+    if outcome.status == 2:
+        _refused(run, outcome.message)
     return outcome.status
 
 
@@ -60,6 +61,15 @@ def _seen(plan: Plan, paths: Sequence[str]) -> list[str]:
     if local:
         os.makedirs(local, exist_ok=True)
     return [os.path.abspath(path) for path in dict.fromkeys([*([local] if local else []), os.getcwd(), *paths])]
+
+
+def _refused(run: Run, message: str) -> None:
+    """Note what ranks were refused for, who write nothing then: nobody may wait for a run that will not come, nor see
+    only how it ended before. A run that is over stays so.
+    """
+    with complained():
+        if not holder_of(run.at("lock")) and _status(run).get("state") not in ("completed", "cancelled"):
+            run.mark("failed", reason=message, exit=2)
 
 
 def _ends_at_s(job_id: str) -> float | None:
@@ -75,14 +85,6 @@ def _status(run: Run) -> dict[str, Any]:
     with suppress(OSError, JobError):
         return run.status() or {}
     return {}
-
-
-def _asked_to_end(run: Run) -> bool:
-    """Whether it was the user who wanted this end."""
-    with suppress(OSError):
-        state = _status(run).get("state")
-        return state == "cancelled" or any(storage.exists(run.at("requests", wish)) for wish in (STOP, CANCEL))
-    return False
 
 
 def _again(run: Run, job_id: str, memory: Memory, restarts: int, bad: Sequence[str], counts: bool = True) -> int:
