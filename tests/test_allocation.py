@@ -76,13 +76,13 @@ def test_what_is_no_fault_of_a_node_costs_no_node() -> None:
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_node_that_has_failed_twice_is_left_out_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_node_that_has_failed_twice_is_left_out_by_name(capfd: pytest.CaptureFixture[str]) -> None:
     here = allocated("2:4")
     assert after(here, failure("n2")) == ""
     assert here.fit() == HOSTS
     assert after(here, failure("n2")) == ""
     assert here.fit() == ["n1", "n3", "n4"]
-    assert "node n2 is left out from now on: it has failed 2 times" in capsys.readouterr().out
+    assert "node n2 is left out from now on: it has failed 2 times" in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("fake")
@@ -93,14 +93,14 @@ def test_too_few_nodes_end_it_here_and_the_job_is_to_be_queued_again() -> None:
     assert here.short
 
 
-def test_a_dead_node_is_left_out_at_once(fake: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_node_is_left_out_at_once(fake: Slurm, capfd: pytest.CaptureFixture[str]) -> None:
     here = allocated("1:4")
     assert after(here, failure("n1", rank=None)) == ""
     assert here.fit() == HOSTS, "it has answered"
     fake.dead = {"n3"}
     assert after(here, failure("n3", rank=None)) == ""
     assert here.fit() == ["n1", "n2", "n4"]
-    assert "node n3 is left out from now on: it does not answer" in capsys.readouterr().out
+    assert "node n3 is left out from now on: it does not answer" in capfd.readouterr().out
     assert fake.asked[-1] == (
         "srun", "--overlap", "--nodes=1", "--ntasks=1", "--nodelist=n3", "--mem=0", "true",
     )  # fmt: skip

@@ -1,6 +1,8 @@
 """When a job stops to be saved before its end, by a clock of the test's own."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from toolkit.cluster import deadline
 from toolkit.cluster.deadline import Deadline
 from toolkit.signals import StopSignals
@@ -174,3 +177,20 @@ def test_a_job_without_an_end_goes_on(clock: Clock) -> None:
     clock.now_s += 10**7
     assert job.received() is None
     assert [thread.name for thread in threading.enumerate()].count("toolkit-deadline") >= 1
+
+
+TOLD_TO_STOP = """
+import signal, sys
+from toolkit.cluster.deadline import Deadline
+from toolkit.signals import StopSignals
+signals = StopSignals()
+signals.received = signal.SIGTERM
+sys.exit(Deadline(signals, lambda: None, dict, 60.0).received)
+"""
+
+
+def test_a_full_disk_under_the_log_of_the_job_keeps_no_stop_from_the_ranks() -> None:
+    with open("/dev/full", "wb") as full:
+        words = [sys.executable, "-c", TOLD_TO_STOP]
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=full, timeout=60, check=False)
+    assert done.returncode == signal.SIGTERM

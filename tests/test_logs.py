@@ -48,7 +48,7 @@ def test_of_a_long_log_a_store_has_the_end_and_all_of_it_in_the_end(
 
 
 def test_a_slow_store_holds_up_the_next_start_for_a_limited_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     real = storage.write
 
@@ -63,9 +63,9 @@ def test_a_slow_store_holds_up_the_next_start_for_a_limited_time(
     logs.KeptLogs(run, tmp_path).finish(1)
     assert time.monotonic() - began_s < 40 * 0.2 / 2, "several at a time"
     assert len(storage.names(run.at("logs"))) == 40
-    assert not capsys.readouterr().err
+    assert not capfd.readouterr().err
     monkeypatch.setattr(logs, "FINISH_S", 0.3)
     began_s = time.monotonic()
     logs.KeptLogs(Run("memory://logs/late"), tmp_path).finish(1)
     assert time.monotonic() - began_s < 3
-    assert "of 40 logs are not all in memory://logs/late/logs: 0 s were not enough" in capsys.readouterr().err
+    assert "of 40 logs are not all in memory://logs/late/logs: 0 s were not enough" in capfd.readouterr().err

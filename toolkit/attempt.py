@@ -54,9 +54,9 @@ class Look:
 
     def encoded(self) -> dict[str, Any]:
         """As plain data that another machine can read, whose clock is another."""
-        now_s = time.monotonic()
+        now_s, wall_s = time.monotonic(), time.time()
         return {
-            "notes": list(self.notes.items()),
+            "notes": [(rank, _later(note, -wall_s)) for rank, note in self.notes.items()],
             "pulses": [(rank, beat.phase, beat.step, now_s - beat.at_s) for rank, beat in self.pulses.items()],
             "gone": list(self.gone),
             "torchruns": list(self.torchruns),
@@ -65,9 +65,15 @@ class Look:
     @classmethod
     def decoded(cls, data: Mapping[str, Any]) -> "Look":
         """What another machine has seen just now."""
-        now_s = time.monotonic()
+        now_s, wall_s = time.monotonic(), time.time()
+        notes = {rank: _later(note, wall_s) for rank, note in data["notes"]}
         pulses = {rank: Pulse(phase, step, now_s - age_s) for rank, phase, step, age_s in data["pulses"]}
-        return cls(dict(data["notes"]), pulses, data["gone"], data["torchruns"])
+        return cls(notes, pulses, data["gone"], data["torchruns"])
+
+
+def _later(note: Note, by_s: float) -> Note:
+    """A note whose end, if it tells of one, is that much later."""
+    return {**note, "time_s": note["time_s"] + by_s} if "time_s" in note else note
 
 
 class Attempt(Protocol):

@@ -1,5 +1,6 @@
-"""What a signal that has ended a process means, in words, and what to do about it."""
+"""What has ended a process: what a signal means, and what to do about it; which errors come of the machine."""
 
+import re
 import signal
 
 # What a signal that nobody has caught means, and what to do.
@@ -25,6 +26,19 @@ OUT_OF_MEMORY = (
     "take less memory: a smaller train.micro_batch_size, data.workers or data.global_batch_size; or ask for more; "
     "train.strategy=fsdp shares weights and optimizer among ranks"
 )
+
+# As CUDA, NCCL, NVIDIA's driver and we say it. A device-side assert is not among it: that is an index of the user's.
+_OF_THE_MACHINE = re.compile(
+    r"uncorrectable (ECC|NVLink) error|hardware (stack )?error|unspecified launch failure|GPU is lost|\bXid\b"
+    r"|fallen off the bus|CUDA error: (unknown|initialization) error|CUDA error: system not yet initialized"
+    r"|CUDA-capable device|CUDA unknown error|error from cudaGetDeviceCount|nccl(UnhandledCuda|System|Remote|Internal)"
+    r"Error|local rank \d+ has no GPU|train\.device is cuda, but this machine|^node \S+ does not see "
+)
+
+
+def of_the_machine(message: str) -> bool:
+    """Whether an error is one that hardware, its driver or its mounts make, so that another node might be spared it."""
+    return bool(_OF_THE_MACHINE.search(message))
 
 
 def killed(number: int | None, evidence: str | None) -> tuple[str, str, str]:

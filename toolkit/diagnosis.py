@@ -16,7 +16,7 @@ from toolkit import oom
 from toolkit.datasets.loader import Batch, EvaluationSteps, Failure, TrainingSteps
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.transforms import mixes
-from toolkit.deaths import OUT_OF_MEMORY, killed
+from toolkit.deaths import OUT_OF_MEMORY, killed, of_the_machine
 from toolkit.errors import JobError, RunError
 from toolkit.lost import LostLossError
 from toolkit.trainer import Trainer
@@ -40,6 +40,23 @@ def explained(
         remedy = "lower the learning rate, or set train.clip_grad_norm"
         return _blaming(error, f"{error}; every input is finite, so training itself went astray: {remedy}")
     return error
+
+
+def refusal(error: Exception, trainer: Trainer, steps: TrainingSteps) -> Exception:
+    """As `explained`, of a step that is only tried. What nothing but the job can be at fault for is a JobError."""
+    cause = explained(error, trainer, steps)
+    if cause is not error or isinstance(error, RunError) or _may_pass(error):
+        return cause
+    return JobError(f"model, data and task do not fit together: {type(error).__name__}: {error}")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a machine, a network or a store has failed, which may be well at the next start."""
+    error = getattr(error, "inner_exception", error)  # torch.compile wraps what fails in its backend
+    if "device-side assert" in str(error):
+        return False
+    outside = isinstance(error, OSError | torch.distributed.DistError | torch.AcceleratorError)
+    return outside or "gloo/transport/" in str(error) or of_the_machine(str(error))
 
 
 def _blaming(error: Exception, words: str) -> RunError:

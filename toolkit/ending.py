@@ -51,10 +51,11 @@ def ended(
         summary = f"{name}: {state} at step {step} of {trainer.total_steps}{found}\n"
         summary += f"run directory: {storage.shown(run.url)}"
         progress: dict[str, Any] = {"step": step, "total": trainer.total_steps, "epoch": epoch_of(step)}
-        run.set_status(state, **progress, reason=reason, exit=exit_status, metrics=metrics, summary=summary)
-        for wish in (STOP, CANCEL):
-            if run.wished(wish):
-                run.granted(wish)
+        asked = [wish for wish in (STOP, CANCEL) if run.wished(wish)]
+        how: dict[str, Any] = {"reason": reason, "exit": exit_status, "asked": asked}
+        run.set_status(state, **progress, **how, metrics=metrics, summary=summary)
+        for wish in asked:
+            run.granted(wish)
         console.print(summary, **PLAIN)
         if exit_status:
             console.print("Everything is saved; the same command goes on from here.", **PLAIN)

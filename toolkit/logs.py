@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import threading
 import time
 from collections import deque
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from toolkit import storage
+from toolkit.console import say
 from toolkit.errors import JobError
 from toolkit.run import Run
 
@@ -91,7 +91,7 @@ class KeptLogs:
             why = errors[0] if errors else f"{FINISH_S:.0f} s were not enough"
             where = storage.shown(self.run.at("logs"))
             words = f"WARNING: {len(missing)} of {len(paths)} logs are not all in {where}: {why}"
-            print(words, file=sys.stderr, flush=True)
+            say(words, error=True)
 
     def _bring(self, path: Path, most: int) -> int:
         """Append what is new to a local file; put the last bytes elsewhere. Returns how much of it is there."""

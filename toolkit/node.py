@@ -27,6 +27,7 @@ import psutil
 
 from toolkit import pulse, stacks
 from toolkit.attempt import Death, Look, Note, Where
+from toolkit.console import write_all
 from toolkit.oom import OomWatch
 from toolkit.process import die_with_parent, is_gone
 from toolkit.rank import ATTEMPT_DIR, LOCK
@@ -122,7 +123,6 @@ class Node:
 
     def _pass_on(self, source: Any) -> None:
         """Until torchrun and rank 0 are gone: what comes out of them to the console and, without colours, to a log."""
-        sys.stdout.flush()
         console: int | None = 1 if self.console else None
         with open(self.folder / "rank-0.log", "ab", buffering=0) as log:
             while content := os.read(source.fileno(), 1 << 16):
@@ -218,12 +218,6 @@ def free_port(address: str = "127.0.0.1") -> int:
         probe.bind((address, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def write_all(descriptor: int, content: bytes) -> None:
-    """Write to a descriptor, whole."""
-    while content:
-        content = content[os.write(descriptor, content) :]
 
 
 def _as_torchrun(parent: int) -> None:

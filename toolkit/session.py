@@ -24,7 +24,6 @@ from toolkit.datasets.split import held_out
 from toolkit.datasets.transforms import TRANSFORMS
 from toolkit.distributed import ALONE, Ranks
 from toolkit.ending import PLAIN, Result
-from toolkit.errors import JobError, RunError
 from toolkit.layout import placed
 from toolkit.lost import Guard
 from toolkit.models import MODELS
@@ -188,10 +187,7 @@ def _rehearse(parts: Parts) -> None:
         (first,) = batches(parts.steps, 0, 1, 0, parts.trainer.device)
         parts.trainer.rehearse(first)
     except Exception as error:
-        cause = diagnosis.explained(error, parts.trainer, parts.steps)
-        if cause is not error or isinstance(error, RunError):
-            raise cause from error
-        raise JobError(f"model, data and task do not fit together: {type(error).__name__}: {error}") from error
+        raise diagnosis.refusal(error, parts.trainer, parts.steps) from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@ starts them again from the newest checkpoint. Never imports torch.
 
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from toolkit import node, postmortem, storage, watchdog
 from toolkit.attempt import Attempt, Look
 from toolkit.config import Job
+from toolkit.console import say
 from toolkit.errors import JobError
 from toolkit.lock import holder_of, newest_claim
 from toolkit.logs import KeptLogs
@@ -24,6 +24,7 @@ from toolkit.run import CANCEL, COMPLETE, STOP, Run
 from toolkit.signals import StopSignals
 from toolkit.verdict import WELL, Outcome, in_words, of_death, of_hang, of_lost
 
+_ENDS = ("completed", "preempted", "cancelled")  # what rank 0 says of a start in which nothing has failed
 _POLL_S = 0.1
 _SUSPENDED_S = 5.0  # between two looks, if all of this has stood still: nobody is late for that
 
@@ -34,14 +35,14 @@ def supervise(job: Job, words: Sequence[str], processes: int, environment: Mappi
     """
     job.check_ranks(processes)
     if done := Run(job.run.dir).completed(job.as_written()):
-        print(f"{done['summary']}\n{COMPLETE}")
+        say(f"{done['summary']}\n{COMPLETE}")
         return 0
     signals = StopSignals(at_second_interrupt=_interrupt).listen()
     be_subreaper()
     try:
         return Supervisor(job, words, environment, signals, Here(processes)).run().status
     except KeyboardInterrupt:
-        print(f"left at once; what came after the newest checkpoint is lost; {AGAIN}", file=sys.stderr)
+        say(f"left at once; what came after the newest checkpoint is lost; {AGAIN}", error=True)
         return 1
 
 
@@ -121,12 +122,23 @@ class _LastWords:
 
 
 class Supervisor:
-    """Attempt after attempt, until one ends well, or fails in a way that another start would not mend."""
+    """Attempt after attempt, until one ends well, or fails in a way that another start would not mend.
+
+    What ranks are refused for at the first start is wrong, and nothing is written. If it `was_started` before, by the
+    same command, it was right then: something around it has failed.
+    """
 
     def __init__(
-        self, job: Job, words: Sequence[str], environment: Mapping[str, str], stopping: Stopping, place: Place
+        self,
+        job: Job,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        stopping: Stopping,
+        place: Place,
+        was_started: bool = False,
     ) -> None:
         self.words, self.environment, self.stopping, self.place = words, environment, stopping, place
+        self.was_started = was_started
         self.directory = Run(job.run.dir)
         self.limits = {name.removesuffix("_s"): limit for name, limit in job.launch.limits.model_dump().items()}
         self.max_restarts = job.launch.max_restarts
@@ -143,14 +155,14 @@ class Supervisor:
             with node.new_folder() as folder:
                 outcome, goes_on = self._attempted(self.place.attempt(folder))
             if outcome.message:  # of the command, an error only if it ends with it
-                print(outcome.message, file=sys.stdout if goes_on else sys.stderr, flush=True)
+                say(outcome.message, error=not goes_on)
             if not goes_on:
                 return outcome
 
     def _attempted(self, attempt: Attempt) -> tuple[Outcome, bool]:
         """(how one attempt ended, whether to start another)."""
         before: dict[str, Any] | None = None
-        with _complained():
+        with complained():
             before = newest_claim(self.directory.at("lock"))
         logs = KeptLogs(self.directory, attempt.folder)
         try:
@@ -160,10 +172,13 @@ class Supervisor:
             self.undead = attempt.end()
         look = attempt.look()
         outcome = outcome or in_words(attempt, look)
+        if outcome.status == 2 and not self.was_started:
+            return outcome, False
+        self.was_started = True
         number: int | None = (int(before["attempt"]) if before else 0) + 1  # unless the store says otherwise
-        with _complained():
+        with complained():
             number = self._number(look, before)
-        if number is not None and outcome.status != 2:
+        if number is not None:
             logs.finish(number)
         if outcome.failure is None or number is None:  # or the run is another's by now
             return outcome, False
@@ -205,7 +220,7 @@ class Supervisor:
         if self.resumed_step is None:
             self.resumed_step = beat.step
         elif beat.step > self.resumed_step:
-            print(f"the first new step came {time.monotonic() - self.failed_s:.1f} s after the failure", flush=True)
+            say(f"the first new step came {time.monotonic() - self.failed_s:.1f} s after the failure")
             self.failed_s = None
 
     def _number(self, look: Look, before: Mapping[str, Any] | None) -> int | None:
@@ -225,17 +240,20 @@ class Supervisor:
     def _recorded(self, attempt: Attempt, look: Look, number: int, failure: Failure) -> tuple[Outcome, bool]:
         """Write the page and the status of a failure, and decide whether to go on."""
         saved_step: int | None = None
-        with _complained():
+        with complained():
+            status = self.directory.status() or {}
+            # This attempt may have ended in words, and then something of it has died.
+            if status.get("attempt") != number or status.get("state") not in _ENDS:
+                self.directory.mark("failed", reason=failure.line, exit=failure.exit)
+        with complained():
             saved_step = self.directory.newest_checkpoint()
         goes_on, then = self._decided(failure, saved_step)
         log = attempt.folder / f"rank-{failure.rank}.log"
         text = log.read_text(errors="replace") if log.exists() else ""
         text = attempt.said_by_torchrun() if failure.rank is None else text
-        with _complained():
+        with complained():
             known = replace(failure, pulses=failure.pulses or look.pulses)
             postmortem.write(self.directory, postmortem.page(known, number, text, saved_step, then))
-            if (self.directory.status() or {"state": "failed"})["state"] in ("queued", "running", "failed"):
-                self.directory.mark("failed", reason=failure.line, exit=failure.exit)
         self.earlier, self.saved_step, self.failed_s, self.resumed_step = failure, saved_step, time.monotonic(), None
         where = storage.shown(self.directory.at("postmortem.md"))
         return Outcome(failure.exit, f"{failure.line}\n{then}; more in {where}", failure), goes_on
@@ -248,7 +266,7 @@ class Supervisor:
         if self.undead:
             left = ", ".join(self.undead)
             return False, f"not started again: {left} cannot be killed, and waits for a disk or device there"
-        if self.stopping.received or self._stop_requested():
+        if self.stopping.received or asked_to_end(self.directory):
             return False, "not started again, for a stop was asked for"
         if ends:
             return False, f"not started again: {ends}"
@@ -260,16 +278,21 @@ class Supervisor:
         begin = "from the beginning" if saved_step is None else f"from the checkpoint of step {saved_step}"
         return True, f"starting again {begin} (restart {self.restarts} of {self.max_restarts})"
 
-    def _stop_requested(self) -> bool:
-        with _complained():
-            return any(storage.exists(self.directory.at("requests", wish)) for wish in (STOP, CANCEL))
-        return False
+
+def asked_to_end(run: Run) -> bool:
+    """Whether somebody wants an end of the run, or got one from its last start, which takes the request away."""
+    with complained():
+        if any(storage.exists(run.at("requests", wish)) for wish in (STOP, CANCEL)):
+            return True
+        status = run.status() or {}
+        return status.get("state") in _ENDS and bool(status.get("asked"))
+    return False
 
 
 @contextlib.contextmanager
-def _complained() -> Iterator[None]:
+def complained() -> Iterator[None]:
     """A store that is away keeps no failure from being told on the console, nor the run from being started again."""
     try:
         yield
     except (OSError, JobError) as error:
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        say(f"WARNING: {error}", error=True)

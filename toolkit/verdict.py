@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from toolkit import postmortem, watchdog
 from toolkit.attempt import Attempt, Look
-from toolkit.deaths import killed
+from toolkit.deaths import killed, of_the_machine
 from toolkit.postmortem import AGAIN, Failure
 from toolkit.pulse import Pulse
 from toolkit.stacks import STOPPED
@@ -22,19 +22,21 @@ class Outcome(NamedTuple):
 
 
 def in_words(attempt: Attempt, look: Look) -> Outcome:
-    """How an attempt ended whose ranks have all said so; of those that failed, the first."""
+    """How an attempt ended whose ranks have all said so; of those that failed, the first. A refusal (2) has the user's
+    words, and is a failure, too, should this very job have trained before.
+    """
     notes = look.notes
     failed = sorted((note["time_s"], rank) for rank, note in notes.items() if note.get("exit", 0) not in WELL)
     if failed:
         rank = failed[0][1]
-        message = notes[rank]["message"]
-        if notes[rank]["exit"] == 2:
-            return Outcome(2, message)
+        status, message = notes[rank]["exit"], notes[rank]["message"]
         if notes[rank]["blamed"] is not None:  # all say the same, at the same moment
             rank = notes[rank]["blamed"]
         beat = look.pulses.get(rank, Pulse())
         kind = re.sub(r"\d+", "N", postmortem.first_line(message))  # a pid is another each time
-        return _failed(Failure(f"rank {rank}:", kind, message, f"mend it; {AGAIN}", beat, rank, look.host(rank)))
+        failure = Failure(f"rank {rank}:", kind, message, f"mend it; {AGAIN}", beat, rank, look.host(rank),
+                          blames_host=of_the_machine(message))  # fmt: skip
+        return Outcome(2, message, failure) if status == 2 else _failed(failure)
     if len(notes) < attempt.processes:
         said = attempt.said_by_torchrun()[-2000:]
         cause = f"only {len(notes)} of {attempt.processes} ranks started; torchrun said:\n{said}"

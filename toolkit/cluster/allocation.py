@@ -12,6 +12,7 @@ from toolkit.cluster import slurm
 from toolkit.cluster.memory import Memory
 from toolkit.cluster.plan import Plan
 from toolkit.cluster.step import Step
+from toolkit.console import say
 from toolkit.postmortem import Failure
 from toolkit.supervisor import Consequence
 
@@ -50,7 +51,7 @@ class Allocation:
         self._forget_lost()
         hosts, environment = self.fit(), self.environment
         ranks, nodes = self.plan.processes, ", ".join(hosts)
-        print(f"starting {ranks} rank{'s' * (ranks > 1)} on each of these nodes: {nodes}", flush=True)
+        say(f"starting {ranks} rank{'s' * (ranks > 1)} on each of these nodes: {nodes}")
         return Step(
             folder,
             self.plan.srun(hosts, self.paths, os.getcwd(), environment),
@@ -89,7 +90,7 @@ class Allocation:
 
     def _leave_out(self, host: str, why: str) -> None:
         self.unfit.add(host)
-        print(f"node {host} is left out from now on: {why}", flush=True)
+        say(f"node {host} is left out from now on: {why}")
 
     def _forget_lost(self) -> None:
         """Slurm takes nodes that are down from a job, which --no-kill lets live. Waits while slurmctld is away: nothing

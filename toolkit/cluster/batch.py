@@ -1,7 +1,6 @@
 """In the batch step of a Slurm job, outside any container: the supervisor of a run over the job's nodes."""
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,11 +13,13 @@ from toolkit.cluster.allocation import TWICE, Allocation
 from toolkit.cluster.deadline import Deadline
 from toolkit.cluster.memory import Memory
 from toolkit.cluster.plan import Plan
+from toolkit.console import say
 from toolkit.errors import JobError
+from toolkit.lock import holder_of
 from toolkit.process import be_subreaper
-from toolkit.run import CANCEL, COMPLETE, STOP, Run
+from toolkit.run import COMPLETE, Run
 from toolkit.signals import StopSignals, hold_back
-from toolkit.supervisor import Supervisor
+from toolkit.supervisor import Supervisor, asked_to_end, complained
 
 MOST = 3  # times that a job is queued again with no new checkpoint in between
 PATIENCE_S = 300.0  # for a slurmctld that is away when the job is to be queued again
@@ -37,20 +38,20 @@ def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environmen
     memory, restarts = Memory(run, job_id), int(environment.get("SLURM_RESTART_COUNT", "0"))
     try:
         if done := run.completed(plan.job.as_written()):
-            print(f"{done['summary']}\n{COMPLETE}")
+            say(f"{done['summary']}\n{COMPLETE}")
             return 0
         seen = _seen(plan, paths)
     except OSError as error:  # the store is away, for longer than it is waited for
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        say(f"WARNING: {error}", error=True)
         return _again(run, job_id, memory, restarts, [])
     deadline = Deadline(signals, partial(_ends_at_s, job_id), partial(_status, run), plan.profile.signal_lead_s)
     allocation = Allocation(plan, job_id, memory, environment, seen, deadline.warn)
-    outcome = Supervisor(plan.job, words, environment, deadline.listen(), allocation).run()
+    outcome = Supervisor(plan.job, words, environment, deadline.listen(), allocation, was_started=restarts > 0).run()
     out_of_time = deadline.received and outcome.status not in (0, 2)
-    if (out_of_time or allocation.short) and not _asked_to_end(run):
+    if (out_of_time or allocation.short) and not asked_to_end(run):
         return _again(run, job_id, memory, restarts, _to_exclude(plan, memory), counts=not deadline.preempted)
-    if outcome.status == 2 and _status(run).get("state") == "queued":  # refused by the ranks, who have written nothing
-        run.mark("failed", reason=outcome.message, exit=2)
+    if outcome.status == 2:
+        _refused(run, outcome.message)
     return outcome.status
 
 
@@ -62,11 +63,20 @@ def _seen(plan: Plan, paths: Sequence[str]) -> list[str]:
     return [os.path.abspath(path) for path in dict.fromkeys([*([local] if local else []), os.getcwd(), *paths])]
 
 
+def _refused(run: Run, message: str) -> None:
+    """Note what ranks were refused for, who write nothing then: nobody may wait for a run that will not come, nor see
+    only how it ended before. A run that is over stays so.
+    """
+    with complained():
+        if not holder_of(run.at("lock")) and _status(run).get("state") not in ("completed", "cancelled"):
+            run.mark("failed", reason=message, exit=2)
+
+
 def _ends_at_s(job_id: str) -> float | None:
     try:
         facts = slurm.job_facts(job_id)
     except slurm.SlurmError as error:
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        say(f"WARNING: {error}", error=True)
         return None
     return facts.ends_at_s if facts else None
 
@@ -75,14 +85,6 @@ def _status(run: Run) -> dict[str, Any]:
     with suppress(OSError, JobError):
         return run.status() or {}
     return {}
-
-
-def _asked_to_end(run: Run) -> bool:
-    """Whether it was the user who wanted this end."""
-    with suppress(OSError):
-        state = _status(run).get("state")
-        return state == "cancelled" or any(storage.exists(run.at("requests", wish)) for wish in (STOP, CANCEL))
-    return False
 
 
 def _again(run: Run, job_id: str, memory: Memory, restarts: int, bad: Sequence[str], counts: bool = True) -> int:
@@ -96,20 +98,20 @@ def _again(run: Run, job_id: str, memory: Memory, restarts: int, bad: Sequence[s
             "(--time), save more often (checkpoint.every_steps), or find out what it waits for at its start"
         )
         run.mark("failed", reason=words, exit=1)
-        print(words, file=sys.stderr, flush=True)
+        say(words, error=True)
         return 1
     hold_back()  # from here on TERM is what we have asked for, also to the commands that are started here
     try:
         became = slurm.requeue(job_id, restarts, PATIENCE_S)
     except slurm.SlurmError as error:  # such as a job of salloc
-        print(f"WARNING: not queued again: {error}; the same command goes on from here", file=sys.stderr, flush=True)
+        say(f"WARNING: not queued again: {error}; the same command goes on from here", error=True)
         return 75
     if became == slurm.REQUEUED:
-        print(f"job {job_id} is queued again, to go on from the newest checkpoint", flush=True)
+        say(f"job {job_id} is queued again, to go on from the newest checkpoint")
         _exclude(job_id, bad)
         time.sleep(60)  # Slurm ends this within KillWait
     else:
-        print(f"job {job_id} is {became}: Slurm sees to it itself", flush=True)
+        say(f"job {job_id} is {became}: Slurm sees to it itself")
     return 75
 
 
@@ -135,6 +137,6 @@ def _exclude(job_id: str, bad: Sequence[str]) -> None:
         hosts = sorted({*bad, *(facts.excluded if facts else ())})
         slurm.ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(hosts)}", patience_s=5)
     except slurm.SlurmError as error:
-        print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        say(f"WARNING: {error}", error=True)
     else:
-        print(f"without node {', '.join(bad)}, which has failed twice", flush=True)
+        say(f"without node {', '.join(bad)}, which has failed twice")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from toolkit.console import say
 from toolkit.signals import StopSignals
 
 LOOK_S = 10.0  # between two looks at how long saves and steps take
@@ -58,7 +59,7 @@ class Deadline:
             self._found = self._warned or signal.SIGUSR2
         if self._found:
             left = "" if self.end_s is None else f", {self.end_s - time.time():.0f} s before the job's end"
-            print(f"told to stop ({self._found.name}{left}): saving", flush=True)
+            say(f"told to stop ({self._found.name}{left}): saving")
         return self._found
 
     def warn(self, number: signal.Signals) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 
 from toolkit.cluster import slurm
+from toolkit.console import say
 from toolkit.errors import RunError
 from toolkit.process import die_with_parent
 from toolkit.signals import STOPPING, hold_back
@@ -64,9 +65,9 @@ class Guard:
             kills = kills + 1 if time.monotonic() - started_s < 60 else 1
             name = signal.Signals(-status).name
             if kills > KILLS:
-                print(f"the supervisor was killed by {name}, the {kills}th time in a row", file=sys.stderr, flush=True)
+                say(f"the supervisor was killed by {name}, the {kills}th time in a row", error=True)
                 return 128 - status
-            print(f"the supervisor was killed by {name}; it is started again", flush=True)
+            say(f"the supervisor was killed by {name}; it is started again")
 
     def bury(self) -> None:
         """End a job whose slurmstepd was killed: Slurm would never learn that this process has ended."""

@@ -24,7 +24,7 @@ from toolkit.attempt import Death, Look, Where
 from toolkit.cluster.agent import SUPERVISOR, TOKEN
 from toolkit.cluster.far import Far
 from toolkit.cluster.link import Link
-from toolkit.node import write_all
+from toolkit.console import write_all
 from toolkit.process import die_with_parent
 from toolkit.pulse import Pulse
 
