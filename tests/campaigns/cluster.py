@@ -279,7 +279,7 @@ def _kill_while_stopping(scene: Scene) -> None:
 
 FAULTS = [
     Fault("time limit", lambda scene: None, warned=True, options=("--time", "1"), said="is queued again"),
-    Fault("preempted by urgent", _preempt, warned=True, said="Slurm sees to it itself|is queued again"),
+    Fault("preempted by urgent", _preempt, warned=True, said="is queued again"),
     Fault("scontrol requeue", lambda scene: str(slurm.ask("scontrol", "requeue", scene.job_id)) and None),
     Fault("rank 1 killed", lambda scene: os.kill(scene.rank(1), signal.SIGKILL), page=r"rank 1 \(pid \d+\) was killed"),
     Fault("rank 3 killed", lambda scene: os.kill(scene.rank(3), signal.SIGKILL), page=r"rank 3 \(pid \d+\) was killed"),
