@@ -1,6 +1,7 @@
 """What is typed to run a command in a container; and one that is really run, as Charliecloud needs no daemon."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,23 @@ case $1 in
     kill) [ "$*" = "kill --signal TERM 1234" ] && touch told ;;
 esac
 """
+
+
+def test_docker_run_brings_in_a_job_that_lies_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text(ENGINE.replace("until [ -e told ]; do sleep 0.05; done; exit 75", "exit 0"))
+    (tmp_path / "docker").chmod(0o755)
+    for name in ("work", "jobs"):
+        (tmp_path / name).mkdir()
+    for name in ("there.yaml", "work/here.yaml", "jobs/linked.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / "work/jobs").symlink_to(tmp_path / "jobs")
+    job_files = ["here.yaml", "../there.yaml", "jobs/linked.yaml", "none.yaml"]
+    environment = os.environ | {"DOCKER": str(tmp_path / "docker"), "GPUS": "none"}
+    command = [ROOT / "docker/run", "toolkit", "train", *job_files]
+    subprocess.run(command, cwd=tmp_path / "work", env=environment, check=True, timeout=30)
+    words = (tmp_path / "work/words").read_text().splitlines()
+    mounted = re.findall(r"src=(.*\.yaml)", "\n".join(words).replace('"', ""))
+    assert [path.split(",")[0] for path in mounted] == [f"{tmp_path}/there.yaml", f"{tmp_path}/jobs/linked.yaml"]
 
 
 def test_docker_run_under_sudo_hands_over_keys_and_is_stopped_through_docker(tmp_path: Path) -> None:
