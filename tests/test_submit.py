@@ -160,10 +160,16 @@ def test_a_request_that_came_too_late_for_the_last_start_does_not_end_what_is_su
 
 def test_a_python_that_no_node_can_see_is_refused(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.prefix", "/dev/shm/venv")
+    (login.folder / "cluster.yaml").write_text(f"shared: ['{login.folder}']\n")
     before = login.files()
     with pytest.raises(JobError, match=r"this Python /dev/shm/venv is on /dev/shm, a tmpfs of this machine"):
         login.submit()
+    monkeypatch.setattr("sys.prefix", "/opt/venv")
+    with pytest.raises(JobError, match=r"this Python /opt/venv is in none of the folders that the cluster profile"):
+        login.submit(cluster="cluster.yaml")
     assert login.files() == before
+    monkeypatch.setattr("sys.base_prefix", "/opt/venv")  # it is no venv, and may be installed on each node
+    login.submit(cluster="cluster.yaml")
 
 
 def test_a_job_may_name_a_variable_that_the_profile_has(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
