@@ -1,6 +1,7 @@
 """Which nodes of an allocation are used for the next start, after what has befallen them."""
 
 import json
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import DIGITS
-from toolkit.cluster import allocation, slurm
+from toolkit.cluster import allocation, batch, slurm
 from toolkit.cluster.allocation import Allocation
 from toolkit.cluster.memory import Memory
+from toolkit.cluster.partitions import Partition, Shape
 from toolkit.cluster.plan import Nodes, Plan
 from toolkit.cluster.profile import Profile
 from toolkit.config import load_job
@@ -117,6 +119,21 @@ def test_a_job_that_is_started_again_remembers_its_nodes() -> None:
     assert again.fit() == ["n1", "n3", "n4"]
     after(again, failure("n4"))
     assert again.fit() == ["n1", "n3"]
+
+
+@pytest.mark.parametrize(("partition", "excluded"), [("gpu", []), ("gpu,same", []), ("many", ["n1"])])
+def test_a_node_is_excluded_only_if_enough_that_fit_are_left_in_one_partition(
+    partition: str, excluded: list[str], fake: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus, cpus = Shape(4, 16, 64000, 2), Shape(20, 16, 64000, 0)
+    shapes = {"gpu": (gpus, cpus), "same": (gpus,), "many": (Shape(5, 16, 64000, 2),)}
+    there = [Partition(name, False, "up", 60, shapes) for name, shapes in shapes.items()]
+    monkeypatch.setattr(batch.partitions, "partitions", lambda: there)
+    here = allocated("4")
+    for _ in range(2):
+        after(here, failure("n1"))
+    profile = here.plan.profile.model_copy(update={"partition": partition})
+    assert batch._to_exclude(replace(here.plan, profile=profile), here.memory) == excluded
 
 
 @pytest.mark.usefixtures("fake")

@@ -1,10 +1,13 @@
 """What is typed to run a command in a container; and one that is really run, as Charliecloud needs no daemon."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,8 @@ def test_pyxis_is_flags_on_srun() -> None:
     )
     bare = ["--container-image=/i.sqsh", "--container-workdir=/home/me/a b", "--no-container-mount-home"]
     assert typed(Container("pyxis"), "/i.sqsh", gpus=True) == (bare, COMMAND)
+    home = ("--container-mount-home",)  # which pyxis does not take beside its opposite
+    assert typed(Container("pyxis", args=home), "/i.sqsh") == ([*bare[:2], *home], COMMAND)
 
 
 @pytest.mark.parametrize("gpus", [True, False])
@@ -144,6 +149,77 @@ def test_an_image_that_cannot_be_is_refused(runtime: str, image: str, told: str)
 def test_images_that_pyxis_knows_are_left_as_they_are(image: str) -> None:
     (flag, *_), _ = typed(Container("pyxis"), image)
     assert flag == f"--container-image={image}"
+
+
+# Hands over no variable but those it is told of, as sudo does.
+SUDO = """#!/bin/bash
+kept=()
+if [[ $1 = --preserve-env=* ]]; then
+    IFS=, read -ra names <<<"${1#*=}"
+    for name in "${names[@]}"; do kept+=("$name=${!name}"); done
+    shift
+fi
+exec env -i "PATH=$PATH" "${kept[@]}" "$@"
+"""
+ENGINE = """#!/bin/bash
+case $1 in
+    run) printf '%s\n' "$@" >words; env >variables; until [ -e told ]; do sleep 0.05; done; exit 75 ;;
+    ps) [ ! -e words ] || grep -qxF "${4#label=}" words && echo 1234 ;;
+    kill) [ "$*" = "kill --signal TERM 1234" ] && touch told ;;
+esac
+"""
+
+
+def test_docker_run_brings_in_a_job_that_lies_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text(ENGINE.replace("until [ -e told ]; do sleep 0.05; done; exit 75", "exit 0"))
+    (tmp_path / "docker").chmod(0o755)
+    for name in ("work", "jobs"):
+        (tmp_path / name).mkdir()
+    for name in ("there.yaml", "work/here.yaml", "jobs/linked.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / "work/jobs").symlink_to(tmp_path / "jobs")
+    job_files = ["here.yaml", "../there.yaml", "jobs/linked.yaml", "none.yaml"]
+    environment = os.environ | {"DOCKER": str(tmp_path / "docker"), "GPUS": "none"}
+    command = [ROOT / "docker/run", "toolkit", "train", *job_files]
+    subprocess.run(command, cwd=tmp_path / "work", env=environment, check=True, timeout=30)
+    words = (tmp_path / "work/words").read_text().splitlines()
+    mounted = re.findall(r"src=(.*\.yaml)", "\n".join(words).replace('"', ""))
+    assert [path.split(",")[0] for path in mounted] == [f"{tmp_path}/there.yaml", f"{tmp_path}/jobs/linked.yaml"]
+
+
+def test_docker_run_under_sudo_hands_over_keys_and_is_stopped_through_docker(tmp_path: Path) -> None:
+    for name, script in (("sudo", SUDO), ("docker", ENGINE)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "not-permitted").write_text("kill() { return 1; }\n")  # sudo's process is root's
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "DOCKER": "sudo docker", "GPUS": "none",
+        "BASH_ENV": "not-permitted", "AWS_SECRET_ACCESS_KEY": "hunter2", "HTTPS_PROXY": "there", "MINE": "alone",
+    }  # fmt: skip
+    with subprocess.Popen([ROOT / "docker/run", "toolkit", "train"], cwd=tmp_path, env=environment) as process:
+        try:
+            until(lambda: (tmp_path / "variables").exists() and (tmp_path / "variables").read_text())
+            process.send_signal(signal.SIGINT)  # the terminal tells Docker, too
+            time.sleep(0.2)
+            assert process.poll() is None
+            process.terminate()
+            assert process.wait(20) == 75
+        finally:
+            (tmp_path / "told").touch()
+    variables = (tmp_path / "variables").read_text()
+    assert "AWS_SECRET_ACCESS_KEY=hunter2\n" in variables
+    assert "HTTPS_PROXY=there\n" in variables
+    assert "MINE" not in variables
+    words = (tmp_path / "words").read_text()
+    assert "--env\nAWS_SECRET_ACCESS_KEY\n" in words
+    assert "hunter2" not in words
+
+
+def until(reached: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
 
 
 STEP = (

@@ -1,5 +1,6 @@
 """Whoever watches the supervisor of a job: what is killed is started again, and signals arrive, whenever they come."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from toolkit.cluster.guard import KILLS
+from toolkit.cluster import slurm
+from toolkit.cluster.guard import KILLS, Guard
 
 # Notes its start; then does as its first argument says.
 COMMAND = """
@@ -93,6 +95,26 @@ def test_the_next_start_learns_of_a_signal_that_the_one_before_took_with_it(tmp_
     out, _ = process.communicate(timeout=30)
     assert (process.returncode, len(starts(tmp_path))) == (75, 2), out
     assert "told SIGTERM" in out
+
+
+@pytest.mark.parametrize(
+    ("state", "restarts", "cancelled"), [("RUNNING", 1, True), ("RUNNING", 2, False), ("PENDING", 2, False)]
+)
+def test_a_job_without_a_slurmstepd_is_ended_unless_it_is_to_be_started_again(
+    state: str, restarts: int, cancelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = slurm.JobFacts("7", "7", state, "None", True, restarts, (), (), None, "")
+    asked: list[str] = []
+    monkeypatch.setattr(slurm, "job_facts", lambda job, patience_s: facts)
+    monkeypatch.setattr(slurm, "cancel", asked.append)
+    monkeypatch.setattr("os.environ", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    guard = Guard.__new__(Guard)  # which listens to no signals
+    guard.parent = os.getppid()
+    guard.bury()
+    assert asked == [], "its slurmstepd lives"
+    guard.parent += 1
+    guard.bury()
+    assert asked == ["7"] * cancelled
 
 
 def test_the_command_goes_with_its_guard(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 
 from tests.conftest import ROOT, Workplace
 from toolkit.cluster import logs
+from toolkit.cluster.cancel import cancel
 from toolkit.cluster.monitor import Known, judged, view, views
 from toolkit.cluster.queue import Entry
-from toolkit.errors import JobError
+from toolkit.errors import JobError, RunError
 from toolkit.run import Run
 
 NOW = 1_800_000_000.0
@@ -204,6 +205,32 @@ def test_a_cancelled_run_has_saved_everything_and_can_be_started_again(workplace
     assert not list((workplace.folder / "runs/x/requests").iterdir())
     assert "has ended already: it is cancelled" in workplace.run("cancel", "runs/x")
     assert "completed" in workplace.run(*words, f"train.max_steps={status['step'] + 5}")
+
+
+def test_a_running_run_is_asked_to_end_from_where_there_is_no_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    run = make(str(tmp_path / "x"), "running", heartbeat=now)
+    submitted = {"executor": "slurm", "job_id": "7", "pid": None, "host": "login", "submitted_at": at(NOW), "log": None}
+    (tmp_path / "x/submitted.json").write_text(json.dumps(submitted))
+    with pytest.raises(RunError, match="no scancel here|no scontrol here"):
+        cancel(run.url, 5, now=True, say=print)
+
+    def granted(words: str) -> None:
+        said.append(words)
+        run.set_status("cancelled", reason="a cancel request in the run")
+
+    said = list[str]()
+    cancel(run.url, 5, now=False, say=granted)
+    assert "asked" in said[0]
+    assert "is cancelled at step" in said[1]
+    run.set_status("preempted", reason="no time was left")
+    with pytest.raises(RunError, match="no scontrol here"):
+        cancel(run.url, 5, now=False, say=print)  # who can say whether it waits to be started again?
 
 
 def test_a_run_submitted_to_this_machine_is_ended_at_once(workplace: Workplace) -> None:

@@ -183,5 +183,22 @@ def test_the_snapshot_is_found_before_what_the_profile_names(job: Any) -> None:
 def test_modules_come_first_and_a_warning_kills_nobody_before_the_supervisor_listens(job: Any) -> None:
     lines = Plan(job, Profile(modules=("cuda/12.4",), setup=("ulimit -n 9",), env={"A": "1"}), Nodes()).setup("/tmp")
     assert lines == [
-        "module load cuda/12.4", "ulimit -n 9", "export A=1", "cd /tmp", "trap '' USR2  # until the supervisor listens",
+        'module load cuda/12.4 || { echo "module load cuda/12.4 has failed" >&2; exit 1; }', "ulimit -n 9",
+        "export A=1", "cd /tmp || exit 1", "trap '' USR2  # until the supervisor listens",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("profile", "cwd", "said"),
+    [
+        (Profile(modules=("cuda/99",)), "/", "module load cuda/99 has failed"),
+        (Profile(), "/nowhere to be seen", "/nowhere to be seen: No such file"),
+    ],
+)
+def test_what_the_supervisor_needs_and_does_not_get_ends_the_script(
+    profile: Profile, cwd: str, said: str, job: Any
+) -> None:
+    lines = ["module() { false; }", *Plan(job, profile, Nodes()).setup(cwd), "echo trains"]
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr

@@ -7,16 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from toolkit.cluster import queue, slurm
+from toolkit.cluster import batch, queue, slurm
 from toolkit.cluster.partitions import Asked, check_against, parsed
 from toolkit.errors import JobError, RunError
 
@@ -140,16 +142,27 @@ def test_a_job_that_slurm_has_forgotten_is_none(fake: Fake, out: str, err: str) 
     assert slurm.requeue("26_1", 0) == "unknown"
 
 
-@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "COMPLETED", "TIMEOUT"])
-def test_only_a_job_that_runs_is_queued_again(fake: Fake, state: str) -> None:
-    noted = fake("scontrol", TASK.replace("JobState=RUNNING", f"JobState={state}"))
-    assert slurm.requeue("2_0", 0) == state
-    assert not [call for call in calls(noted) if "requeue" in call]
+@pytest.mark.parametrize(
+    ("state", "became"),
+    [
+        ("RUNNING Reason=None", slurm.REQUEUED),
+        ("COMPLETING Reason=TimeLimit", slurm.REQUEUED),  # for which Slurm does not queue it again by itself
+        ("TIMEOUT Reason=TimeLimit", slurm.REQUEUED),
+        ("PENDING Reason=BeginTime", slurm.BY_SLURM),
+        ("COMPLETING Reason=None", "COMPLETING"),
+        ("CANCELLED Reason=None", "CANCELLED"),
+        ("COMPLETED Reason=None", "COMPLETED"),
+    ],
+)
+def test_only_a_job_that_runs_or_has_run_out_of_time_is_queued_again(fake: Fake, state: str, became: str) -> None:
+    noted = fake("scontrol", TASK.replace("RUNNING Reason=None", state))
+    assert slurm.requeue("2_0", 0) == became
+    assert len([call for call in calls(noted) if "requeue" in call]) == (became == slurm.REQUEUED)
 
 
 def test_a_later_start_of_the_job_is_left_alone(fake: Fake) -> None:
     noted = fake("scontrol", TASK.replace("Restarts=0", "Restarts=1"))
-    assert slurm.requeue("2_0", 0) == "RUNNING"
+    assert slurm.requeue("2_0", 0) == slurm.BY_SLURM
     assert slurm.requeue("2_0", 1) == slurm.REQUEUED
     assert [call for call in calls(noted) if "requeue" in call] == ["C %s  requeue 2_0"]
 
@@ -179,6 +192,33 @@ def test_a_requeue_is_tried_until_the_controller_is_back(fake: Fake, monkeypatch
     monkeypatch.setattr(slurm.time, "sleep", lambda seconds: fake("scontrol", TASK))
     assert slurm.requeue("2_0", 0) == slurm.REQUEUED
     assert [call.split()[2] for call in calls(noted)] == ["show", "show", "requeue"]
+
+
+def test_a_requeue_that_is_refused_at_the_time_limit_is_an_error(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("scontrol", TASK.replace("RUNNING Reason=None", "COMPLETING Reason=TimeLimit"))
+    real = slurm.ask
+
+    def ask(*words: str, **more: Any) -> str:
+        if "requeue" in words:
+            raise slurm.SlurmError("Job is not batch")
+        return real(*words, **more)
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    with pytest.raises(slurm.SlurmError, match="Job is not batch"):
+        slurm.requeue("2_0", 0)
+
+
+def test_who_has_a_job_queued_again_waits_for_slurm_as_long_as_it_takes(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake("scontrol", err=AWAY, status=1)
+    monkeypatch.setattr(batch, "SAID_S", 0.2)
+    back = threading.Timer(1.0, lambda: fake("scontrol", TASK))
+    back.start()
+    assert batch._requeue("2_0", 0) == slurm.REQUEUED
+    assert (
+        capsys.readouterr().err.count("job 2_0 is to be queued again, and Slurm is waited for: scontrol show job") > 1
+    )
 
 
 def test_commands_that_are_missing_refuse_or_hang_are_told_apart(fake: Fake) -> None:

@@ -15,6 +15,7 @@ import pytest
 import toolkit
 from tests.conftest import DIGITS
 from toolkit import screening
+from toolkit.cluster import request
 from toolkit.cluster.plan import Nodes, Plan
 from toolkit.cluster.profile import Profile
 from toolkit.cluster.request import Request, _in_job, submitted
@@ -147,6 +148,39 @@ def test_a_refused_job_leaves_a_run_as_it_was(login: Login) -> None:
         login.submit()
     assert {name for name in login.files() if "/code/" not in name} == {name for name in before if "/code/" not in name}
     assert Run("runs/digits").status() == {"state": "preempted", "step": 7, "summary": "it has more to do"}
+
+
+def test_a_request_that_came_too_late_for_the_last_start_does_not_end_what_is_submitted(login: Login) -> None:
+    run = Run("runs/digits")
+    run.mark("cancelled")
+    for wish in ("stop", "cancel", "save-now"):
+        run.ask(wish)
+    login.submit()
+    assert os.listdir("runs/digits/requests") == ["save-now"]
+
+
+def test_a_python_that_no_node_can_see_is_refused(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.prefix", "/dev/shm/venv")
+    (login.folder / "cluster.yaml").write_text(f"shared: ['{login.folder}']\n")
+    before = login.files()
+    with pytest.raises(JobError, match=r"this Python /dev/shm/venv is on /dev/shm, a tmpfs of this machine"):
+        login.submit()
+    monkeypatch.setattr("sys.prefix", "/opt/venv")
+    with pytest.raises(JobError, match=r"this Python /opt/venv is in none of the folders that the cluster profile"):
+        login.submit(cluster="cluster.yaml")
+    assert login.files() == before
+    monkeypatch.setattr("sys.base_prefix", "/opt/venv")  # it is no venv, and may be installed on each node
+    login.submit(cluster="cluster.yaml")
+
+
+def test_a_job_may_name_a_variable_that_the_profile_has(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    (login.folder / "cluster.yaml").write_text('env: {STEPS: "30"}\n')
+    changes = ["train.max_steps=${env:STEPS}"]
+    login.submit(*changes, cluster="cluster.yaml")
+    plans: list[Plan] = []
+    monkeypatch.setattr(request, "supervise", lambda plan, words, paths, environment: plans.append(plan) or 0)
+    request.supervised("digits.yaml", changes, "cluster.yaml", "", "", {"STEPS": "20"})
+    assert plans[0].job.train.max_steps == 30
 
 
 def test_a_complete_run_is_not_queued(login: Login, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,32 +15,44 @@ make_folders() {
     for i in $(seq "$NODES"); do install -d -m 755 "$BASE/spool/n$i"; done
 }
 
+declare -A UNITS=([slurm-wlm]="slurmctld slurmd" [slurmdbd]=slurmdbd [munge]="" [mariadb-server]=mariadb [iproute2]="" [tini]="")
+
 install_packages() {
-    local need=() package ours=0
-    for package in slurm-wlm slurmdbd munge mariadb-server iproute2 tini; do
-        dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || need+=("$package")
+    local need=() package units=() done=0
+    release_daemons # an `up` that was killed may hold them
+    for package in "${!UNITS[@]}"; do
+        dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed && continue
+        need+=("$package")
+        read -ra units <<<"${units[*]} ${UNITS[$package]}"
     done
     [ ${#need[@]} != 0 ] || return 0
     say "installing ${need[*]}"
-    # so that apt starts no daemons; they would be another cluster's
-    [ -e /usr/sbin/policy-rc.d ] || {
-        ours=1
-        printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
-        chmod 755 /usr/sbin/policy-rc.d
-    }
-    local done=0
+    hold_daemons
     {
         apt-get update -q
         DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${need[@]}"
     } >"$BASE/log/apt.log" 2>&1 || done=$?
-    [ $ours = 0 ] || rm /usr/sbin/policy-rc.d
+    release_daemons
     [ $done = 0 ] || {
         tail -20 "$BASE/log/apt.log" >&2
         say "apt-get could not install ${need[*]}"
         exit 1
     }
     printf '%s\n' "${need[@]}" >>"$BASE/installed"
-    [ ! -d /run/systemd/system ] || systemctl --quiet disable slurmctld slurmd slurmdbd mariadb || true
+    [ ${#units[@]} = 0 ] || [ ! -d "$SYSTEMD" ] || systemctl --quiet disable "${units[@]}" || true # what was here before stays
+}
+
+# So that apt starts no daemons; they would be another cluster's.
+hold_daemons() {
+    trap release_daemons EXIT
+    [ ! -e "$POLICY" ] || mv "$POLICY" "$POLICY.before-toolkit"
+    printf '#!/bin/sh\n%s\nexit 101\n' "$OURS" >"$POLICY"
+    chmod 755 "$POLICY"
+}
+
+release_daemons() {
+    ! grep -qsxF "$OURS" "$POLICY" || rm "$POLICY"
+    [ ! -e "$POLICY.before-toolkit" ] || mv "$POLICY.before-toolkit" "$POLICY"
 }
 
 fill() { # a template on stdin; @NAME@ is the value of NAME

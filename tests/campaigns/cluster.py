@@ -261,6 +261,14 @@ def _slurmctld(scene: Scene) -> None:
     bed("slurmctld-start")
 
 
+def _suspend(scene: Scene) -> None:
+    """As a gang scheduler does: for longer than anybody may be silent."""
+    slurm.ask("scontrol", "suspend", scene.job_id)
+    time.sleep(30)
+    slurm.ask("scontrol", "resume", scene.job_id)
+    time.sleep(20)  # then a node that is thought to be lost has been missed
+
+
 def _twice(scene: Scene) -> None:
     """Something is wrong with a node: a rank of it is killed, and again."""
     os.kill(scene.rank(3), signal.SIGKILL)
@@ -279,7 +287,7 @@ def _kill_while_stopping(scene: Scene) -> None:
 
 FAULTS = [
     Fault("time limit", lambda scene: None, warned=True, options=("--time", "1"), said="is queued again"),
-    Fault("preempted by urgent", _preempt, warned=True, said="Slurm sees to it itself|is queued again"),
+    Fault("preempted by urgent", _preempt, warned=True, said="is queued again"),
     Fault("scontrol requeue", lambda scene: str(slurm.ask("scontrol", "requeue", scene.job_id)) and None),
     Fault("rank 1 killed", lambda scene: os.kill(scene.rank(1), signal.SIGKILL), page=r"rank 1 \(pid \d+\) was killed"),
     Fault("rank 3 killed", lambda scene: os.kill(scene.rank(3), signal.SIGKILL), page=r"rank 3 \(pid \d+\) was killed"),
@@ -292,6 +300,7 @@ FAULTS = [
     Fault("node killed", _node_kill, after=_nodes_boot),
     Fault("network cut", _net_cut, after=_net_join),
     Fault("slurmctld killed and restarted", _slurmctld, goes_on=True),
+    Fault("suspended and resumed", _suspend, goes_on=True),
     Fault("rank 1 killed, run on S3", lambda scene: os.kill(scene.rank(1), signal.SIGKILL), remote=True),
 ]
 

@@ -76,6 +76,21 @@ def test_of_a_preempted_job_the_end_is_that_of_its_grace(cluster: Cluster) -> No
     assert slurm.requeue(job, 0) == slurm.REQUEUED
 
 
+@pytest.mark.campaign  # Slurm looks at time limits every 30 s
+@pytest.mark.timeout(240)
+def test_a_job_that_its_time_limit_ends_is_queued_again_only_if_it_is_asked_for(cluster: Cluster) -> None:
+    stubborn = "trap '' TERM; while :; do sleep 0.2; done"
+    asked, left = (cluster.sbatch(stubborn, *SMALL[:-1], "--time=1", "--requeue") for _ in range(2))
+    cluster.wait(asked, "COMPLETING", timeout_s=150)
+    assert (facts(asked).reason, facts(asked).restarts) == ("TimeLimit", 0)
+    assert slurm.requeue(asked, 0) == slurm.REQUEUED
+    assert slurm.requeue(asked, 0) == slurm.BY_SLURM
+    cluster.wait(left, "TIMEOUT", timeout_s=60)
+    assert slurm.requeue(left, 0) == slurm.REQUEUED
+    for job in (asked, left):
+        cluster.wait(job, "RUNNING", restarts=1)
+
+
 def test_one_task_of_an_array_is_queued_again_once_and_the_others_go_on(cluster: Cluster) -> None:
     array = cluster.sbatch("env > env.$SLURM_ARRAY_TASK_ID; sleep 100", *SMALL, "--array=0-1")
     for task in (0, 1):
@@ -89,7 +104,7 @@ def test_one_task_of_an_array_is_queued_again_once_and_the_others_go_on(cluster:
     job = slurm.own_job(of_array)
     assert job
     assert slurm.requeue(job, 0) == slurm.REQUEUED
-    assert slurm.requeue(job, 0) in ("PENDING", "COMPLETING")
+    assert slurm.requeue(job, 0) == slurm.BY_SLURM
     other = f"{array}_{1 - int(job[-1])}"
     assert (facts(other).state, facts(other).restarts, facts(job).restarts) == ("RUNNING", 0, 1)
     slurm.cancel(other)

@@ -123,3 +123,38 @@ def test_without_root_it_says_so_in_one_line(testbed: None) -> None:
     assert done.returncode == 2
     assert "needs root" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+INSTALLING = """
+set -euo pipefail
+say() { :; }
+BASE=$PWD POLICY=$PWD/policy SYSTEMD=$PWD OURS="# ours" SELF=$$
+dpkg-query() { case "${!#}" in mariadb-server | munge | tini) echo installed ;; *) return 1 ;; esac; }
+apt-get() { cat "$POLICY" >>policies; [ "$1" != install ] || $1_ends; }
+systemctl() { echo "$*" >disabled; }
+. "$1"
+install_ends() { %s; }
+install_packages
+"""
+
+
+@pytest.mark.parametrize("ends", ["true", "false", "kill $SELF; sleep 9"])
+def test_up_turns_off_no_daemon_that_was_here_before_and_forbids_none_for_longer_than_it_installs(
+    ends: str, tmp_path: Path
+) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "policy").write_text("the user's own")
+    words = ["bash", "-c", INSTALLING % ends, "bash", str(BED.parent / "install.sh")]
+    done = subprocess.run(words, cwd=tmp_path, timeout=30, check=False, capture_output=True, text=True)
+    assert (done.returncode == 0) == (ends == "true"), done.stderr
+    assert "exit 101" in (tmp_path / "policies").read_text()
+    assert [path.read_text() for path in tmp_path.glob("policy*")].count("the user's own") == 1
+    assert (tmp_path / "policy").read_text() == "the user's own"
+    if ends == "true":
+        assert sorted((tmp_path / "disabled").read_text().split()) == [
+            "--quiet",
+            "disable",
+            "slurmctld",
+            "slurmd",
+            "slurmdbd",
+        ]

@@ -22,7 +22,7 @@ from toolkit.signals import StopSignals, hold_back
 from toolkit.supervisor import Supervisor, asked_to_end, complained
 
 MOST = 3  # times that a job is queued again with no new checkpoint in between
-PATIENCE_S = 300.0  # for a slurmctld that is away when the job is to be queued again
+SAID_S = 300.0  # between two words on a slurmctld that is away when the job is to be queued again
 
 
 def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -102,7 +102,7 @@ def _again(run: Run, job_id: str, memory: Memory, restarts: int, bad: Sequence[s
         return 1
     hold_back()  # from here on TERM is what we have asked for, also to the commands that are started here
     try:
-        became = slurm.requeue(job_id, restarts, PATIENCE_S)
+        became = _requeue(job_id, restarts)
     except slurm.SlurmError as error:  # such as a job of salloc
         say(f"WARNING: not queued again: {error}; the same command goes on from here", error=True)
         return 75
@@ -110,18 +110,29 @@ def _again(run: Run, job_id: str, memory: Memory, restarts: int, bad: Sequence[s
         say(f"job {job_id} is queued again, to go on from the newest checkpoint")
         _exclude(job_id, bad)
         time.sleep(60)  # Slurm ends this within KillWait
+    elif became == slurm.BY_SLURM:
+        say(f"job {job_id} is queued again by Slurm itself, to go on from the newest checkpoint")
     else:
-        say(f"job {job_id} is {became}: Slurm sees to it itself")
+        say(f"job {job_id} is {became}, and not queued again; the same command goes on from here")
     return 75
 
 
+def _requeue(job_id: str, restarts: int) -> str:
+    """As `slurm.requeue`, however long slurmctld is away: nobody else would do it, and there is nothing else to do."""
+    while True:
+        try:
+            return slurm.requeue(job_id, restarts, SAID_S)
+        except slurm.AwayError as error:
+            say(f"WARNING: job {job_id} is to be queued again, and Slurm is waited for: {error}", error=True)
+
+
 def _to_exclude(plan: Plan, memory: Memory) -> list[str]:
-    """The nodes that have failed twice, in whatever job of the run, if its partitions have enough others."""
+    """The nodes that have failed twice, in whatever job of the run, if one of its partitions has enough others."""
     bad = sorted(host for host, count in memory.failures.items() if count >= TWICE)
     names = (plan.profile.partition or "").split(",")
     with suppress(slurm.SlurmError):
         ours = [one for one in partitions.partitions() or [] if one.name in names or (names == [""] and one.default)]
-        there = sum(shape.nodes for one in ours for shape in one.shapes)
+        there = max((one.fitting(plan.asked()) for one in ours), default=0)  # they may have the same nodes
         return bad if there >= plan.nodes.least + len(bad) else []
     return []
 

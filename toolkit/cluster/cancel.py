@@ -25,7 +25,7 @@ def cancel(url: str, timeout_s: float, now: bool, say: Say) -> None:
     Raises RunError if it has not ended in time.
     """
     seen, run = view(url), Run(url)
-    waits = _waits(seen)
+    waits = _waits(seen, must_know=now or not seen.goes_on)  # else a request will do, which needs no Slurm
     if not seen.goes_on and not waits:
         say(f"{storage.shown(url)} has ended already: it is {seen.state}{': ' + seen.why if seen.why else ''}")
     elif now or waits:
@@ -34,11 +34,19 @@ def cancel(url: str, timeout_s: float, now: bool, say: Say) -> None:
         _ask(run, timeout_s, say)
 
 
-def _waits(seen: View) -> bool:
-    """Whether its job waits in the queue, as of now: what `view` knows may be 10 s old."""
+def _waits(seen: View, must_know: bool = False) -> bool:
+    """Whether its job waits in the queue, as of now: what `view` knows may be 10 s old.
+
+    Where Slurm does not say: False, unless one `must_know`; then raises SlurmError.
+    """
     if not seen.known.submitted or not seen.known.job_id or seen.known.is_over:
         return False
-    facts = slurm.job_facts(seen.known.job_id, patience_s=slurm.PATIENCE_S)
+    try:
+        facts = slurm.job_facts(seen.known.job_id, patience_s=slurm.PATIENCE_S if must_know else 0.0)
+    except slurm.SlurmError:
+        if must_know:
+            raise
+        return False
     return facts is not None and facts.state == "PENDING"
 
 

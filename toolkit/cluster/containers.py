@@ -65,7 +65,8 @@ def wrapped(
     if wrong := [name for name in variables if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
         raise JobError(f"{wrong[0]!r} is no name of an environment variable")
     if runtime == "pyxis":
-        return [*_pyxis(image, mounts, variables, workdir), *container.args], [*command]
+        home = "--container-mount-home" in container.args  # pyxis refuses both
+        return [*_pyxis(image, mounts, variables, workdir, home), *container.args], [*command]
     if runtime == "apptainer":
         return [], [*_apptainer(mounts, workdir, gpus), *container.args, image, *command]
     return [], [*_charliecloud(mounts, workdir), *container.args, image, "--", *command]
@@ -80,7 +81,7 @@ def additions(container: Container, environment: Mapping[str, str], names: Itera
     return {}
 
 
-def _pyxis(image: str, mounts: Sequence[tuple[str, str]], names: Sequence[str], workdir: str) -> list[str]:
+def _pyxis(image: str, mounts: Sequence[tuple[str, str]], names: Sequence[str], workdir: str, home: bool) -> list[str]:
     """https://github.com/NVIDIA/pyxis/blob/master/args.c: the image's variables win over all that are not named.
 
     --container-env came with pyxis 0.15 (2023).
@@ -89,7 +90,7 @@ def _pyxis(image: str, mounts: Sequence[tuple[str, str]], names: Sequence[str], 
         f"--container-image={image}",
         *[f"--container-mounts={','.join(f'{source}:{target}' for source, target in mounts)}"] * bool(mounts),
         f"--container-workdir={workdir}",
-        "--no-container-mount-home",
+        *["--no-container-mount-home"] * (not home),
         *[f"--container-env={','.join(names)}"] * bool(names),
     ]
 

@@ -70,9 +70,16 @@ class Guard:
             say(f"the supervisor was killed by {name}; it is started again")
 
     def bury(self) -> None:
-        """End a job whose slurmstepd was killed: Slurm would never learn that this process has ended."""
-        if os.getppid() != self.parent and (job_id := slurm.own_job(os.environ)):
-            with suppress(slurm.SlurmError):
+        """End a job whose slurmstepd was killed: Slurm would never learn that this process has ended. One that is to be
+        started again, or has been, is no longer ours to end.
+        """
+        job_id = slurm.own_job(os.environ)
+        if os.getppid() == self.parent or not job_id:
+            return
+        with suppress(slurm.SlurmError):
+            facts = slurm.job_facts(job_id, slurm.PATIENCE_S)
+            started = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+            if facts and (facts.state, facts.restarts) == ("RUNNING", started):
                 slurm.cancel(job_id)
 
     def _pass_on(self, number: int, frame: object) -> None:

@@ -1,26 +1,37 @@
 """Messages between a supervisor and its agents: one JSON object a line, over one TCP connection a node."""
 
+import io
 import json
+import select
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 LONGEST = 1 << 26  # bytes of a line; logs travel in pieces far smaller
+WAIT_S = 1.0  # that silences are counted in: one in which this process was suspended says nothing of the other end
 
 
 class Link:
     """One end of a connection. Any thread may send, one may listen. `patience_s` is how long the other end may be
-    silent, or take nothing of what is sent.
+    silent, or take nothing of what is sent; None is for ever.
     """
 
-    def __init__(self, connection: socket.socket, patience_s: float) -> None:
-        self.connection = connection
-        connection.settimeout(patience_s)
-        self._lines = connection.makefile("rb")
+    def __init__(self, connection: socket.socket, patience_s: float | None) -> None:
+        self.connection, self._incoming = connection, _Incoming(connection)
+        self.be_patient(patience_s)
+        self._lines = io.BufferedReader(self._incoming)
         self._sending = threading.Lock()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def be_patient(self, patience_s: float | None) -> None:
+        """For so long, from now on."""
+        self._incoming.patience_s = float("inf") if patience_s is None else patience_s
+        self.connection.settimeout(patience_s)
 
     def send(self, **message: Any) -> None:
         """Raises OSError where the other end is gone."""
@@ -45,7 +56,7 @@ class Link:
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
         with suppress(OSError):
-            self._lines.close()  # the descriptor is let go only with its last user; who reads has been woken
+            self._lines.close()
 
     def _next(self) -> bytes:
         try:
@@ -53,3 +64,22 @@ class Link:
         except (OSError, ValueError):  # silent, reset, or closed by this end
             return b""
         return line if line.endswith(b"\n") else b""
+
+
+class _Incoming(io.RawIOBase):
+    """What comes over a connection, to its end: when nothing has come for `patience_s` in which this process ran."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.patience_s = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        waiting, silent_s = select.poll(), 0.0
+        waiting.register(self.connection, select.POLLIN)
+        while silent_s < self.patience_s:
+            if waiting.poll(WAIT_S * 1000):
+                return self.connection.recv_into(buffer)
+            silent_s += WAIT_S
+        return 0

@@ -40,6 +40,10 @@ class Partition:
         name = f"{self.name} ({', '.join(notes)})" if notes else self.name
         return f"{name}: {'; '.join(map(str, self.shapes))}; {limit}"
 
+    def fitting(self, asked: "Asked") -> int:
+        """How many of its nodes could take a share of a job, were they up and free."""
+        return sum(shape.nodes for shape in self.shapes if _fits(shape, asked))
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -117,7 +121,7 @@ def _problems(partition: Partition, asked: Asked) -> list[str]:
     for what, count, has in wanted:
         if count and count > max(has):
             found.append(f"{count:g} {what} were asked for, and no node has more than {max(has):.4g}")
-    fitting = sum(shape.nodes for shape in shapes if _fits(shape, asked))
+    fitting = partition.fitting(asked)
     total = sum(shape.nodes for shape in shapes)
     if asked.nodes > total:
         found.append(f"{asked.nodes} nodes were asked for, and it has {total}")

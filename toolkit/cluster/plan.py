@@ -120,13 +120,14 @@ class Plan:
     def setup(self, cwd: str, python_path: Sequence[str] = (), code: str = "") -> list[str]:
         """Lines of shell before the supervisor; what comes from the user is quoted."""
         exported = dict(self.profile.env) | ({"TOOLKIT_CODE": code} if code else {})
-        lines = [f"module load {shlex.quote(name)}" for name in self.profile.modules]
+        loads = [f"module load {shlex.quote(name)}" for name in self.profile.modules]
+        lines = [f'{load} || {{ echo "{load} has failed" >&2; exit 1; }}' for load in loads]
         lines += list(self.profile.setup)
         lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(exported.items())]
         if python_path:  # the code as it was; never what lies in the folder now
             path = shlex.quote(":".join(python_path))
             lines.append(f'export PYTHONSAFEPATH=1 PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"')
-        return [*lines, f"cd {shlex.quote(cwd)}", "trap '' USR2  # until the supervisor listens"]
+        return [*lines, f"cd {shlex.quote(cwd)} || exit 1", "trap '' USR2  # until the supervisor listens"]
 
     def supervisor(self, job_file: str, cluster_file: str) -> list[str]:
         """The command of the batch step."""

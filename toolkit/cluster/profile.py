@@ -63,7 +63,7 @@ class Profile(Section):
     container: Container | None = Field(None, description="how --container IMAGE is run here")
     scratch: str | None = Field(None, min_length=1, description="folder that all nodes see, for Slurm's own files")
     shared: Words = Field(
-        (), strict=False, description="folders that all nodes see; run.dir and scratch must be in one"
+        (), strict=False, description="folders that all nodes see; run.dir, scratch and a venv must be in one"
     )
     sbatch: dict[str, str | int | float | bool | None] = Field(
         {}, description="any other option of sbatch, without its dashes; true for one that takes no value"

@@ -86,6 +86,7 @@ def _submission(request: Request, environment: Mapping[str, str]) -> Submission:
     if request.executor not in EXECUTORS:
         raise JobError(f"executor is {request.executor!r}; it must be {' or '.join(EXECUTORS)}")
     profile = _profile(request.cluster, request.asked)
+    environment = {**environment, **profile.env}  # as the job will have it
     nodes = Nodes.parsed(request.nodes)
     jobs = [_absolute(job) for job in _jobs(request, environment)]
     plans = [Plan(job, profile, nodes, request.image or None) for job in jobs]
@@ -138,13 +139,15 @@ def supervised(
     job: str, overrides: Sequence[str], cluster: str, nodes: str, image: str, environment: Mapping[str, str]
 ) -> int:
     """Be the supervisor of the Slurm job that this process belongs to. Returns the run's exit status."""
+    profile = _profile(cluster, {})
+    environment = {**environment, **profile.env}
     count = nodes or environment.get("SLURM_JOB_NUM_NODES", "1")
-    plan = Plan(load_job(job, overrides, environment), _in_job(_profile(cluster, {}), environment), Nodes.parsed(count),
+    plan = Plan(load_job(job, overrides, environment), _in_job(profile, environment), Nodes.parsed(count),
                 image or None)  # fmt: skip
     paths = [job, *([environment["TOOLKIT_CODE"]] if environment.get("TOOLKIT_CODE") else [])]
     debug = ["--debug"] * ("--debug" in sys.argv)
     words = ["train", job, *overrides, *debug]
-    return supervise(plan, words, [str(Path(path)) for path in paths], {**environment, **plan.profile.env})
+    return supervise(plan, words, [str(Path(path)) for path in paths], environment)
 
 
 def _in_job(profile: Profile, environment: Mapping[str, str]) -> Profile:

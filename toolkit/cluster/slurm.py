@@ -15,7 +15,7 @@ from toolkit.errors import JobError, RunError
 
 PATIENCE_S = 60.0  # for what must be done, such as a requeue, while slurmctld is away; it restarts within seconds
 MAX_HOSTS = 65536  # of one list; Slurm's own limit
-REQUEUED = "requeued"
+REQUEUED, BY_SLURM = "requeued", "requeued by Slurm"
 
 # What the commands say when slurmctld or slurmdbd does not answer; the last is `scontrol requeue` of an array's task.
 _AWAY = re.compile(
@@ -62,6 +62,13 @@ class JobFacts:
     excluded: tuple[str, ...]
     ends_at_s: float | None  # since the epoch; when it will be ended, be it by its time limit or by preemption
     log: str
+
+    @property
+    def requeues(self) -> bool:
+        """Whether `scontrol requeue` is for it: it runs, or its time limit ends it, after which Slurm does nothing by
+        itself. A job that was cancelled would be brought back to life.
+        """
+        return self.state in ("RUNNING", "TIMEOUT") or (self.state, self.reason) == ("COMPLETING", "TimeLimit")
 
 
 def ask(*words: str, timeout_s: float = 20.0, patience_s: float = 0.0) -> str:
@@ -182,15 +189,16 @@ def _facts(record: str) -> JobFacts:
 def requeue(job_id: str, restarts: int, patience_s: float = PATIENCE_S) -> str:
     """Have Slurm start a job of this user again that has been started again `restarts` times (SLURM_RESTART_COUNT).
 
-    Returns REQUEUED, or the state of a job with which Slurm has done something itself: PENDING, or RUNNING by now, if
-    it was preempted; COMPLETING, CANCELLED, TIMEOUT, … Those are left alone, for `scontrol requeue` would bring a
-    cancelled job back to life. Raises SlurmError if Slurm refuses, or stays away.
+    Returns REQUEUED; BY_SLURM if Slurm has done so itself, as after a preemption; or the state of a job that ends for
+    good: COMPLETING, CANCELLED, …, unknown. Raises SlurmError if Slurm refuses, AwayError if it stays away.
     """
     deadline_s = time.monotonic() + patience_s
     while True:
         left_s = max(0.0, deadline_s - time.monotonic())
         facts = job_facts(job_id, left_s)
-        if facts is None or facts.state != "RUNNING" or facts.restarts != restarts:
+        if facts and (facts.restarts != restarts or facts.state == "PENDING"):
+            return BY_SLURM
+        if not facts or not facts.requeues:
             return facts.state if facts else "unknown"
         try:
             ask("scontrol", "requeue", job_id)
@@ -200,7 +208,7 @@ def requeue(job_id: str, restarts: int, patience_s: float = PATIENCE_S) -> str:
             time.sleep(0.5)
         except SlurmError:
             now = job_facts(job_id, left_s)
-            if now and now.state == "RUNNING":
+            if now and (now.state, now.restarts) == (facts.state, restarts):
                 raise
         else:
             return REQUEUED

@@ -29,6 +29,7 @@ from toolkit.process import die_with_parent
 from toolkit.pulse import Pulse
 
 SILENT_S = 15.0  # then a node is down, or cut off
+SUSPENDED_S = 5.0  # between two looks, if all of this has stood still: no node is silent for that
 BEAT_S = 3.0  # so that agents know that somebody watches
 HELLO_S = 10.0
 DEATH_S, WHERE_S, END_S, SRUN_S = 10.0, 60.0, 40.0, 3.0  # how long an agent's answers, and srun's end, may take
@@ -66,6 +67,7 @@ class Step:
         self.console: queue.Queue[bytes] = queue.Queue(1000)
         self.ending = threading.Event()
         self._changing = threading.Lock()
+        self._looked_s = self._awake_s = time.monotonic()  # at the last look; since the last time this was suspended
 
     def start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
         """`toolkit WORDS` on every rank, once all agents are here."""
@@ -102,7 +104,7 @@ class Step:
         if not hmac.compare_digest(str(hello.get("token", "")).encode(errors="replace"), self.token.encode()):
             link.close()
             return
-        connection.settimeout(None)
+        link.be_patient(None)  # `look` is not
         node = Far(link, hello)
         with self._changing:
             if self.ending.is_set():
@@ -171,6 +173,9 @@ class Step:
 
     def look(self) -> Look:
         """What all agents have seen last."""
+        if time.monotonic() - self._looked_s > SUSPENDED_S:
+            self._awake_s = time.monotonic()
+        self._looked_s = time.monotonic()
         status = self.process.poll() if self.process else None
         notes, pulses, gone, torchruns = dict[int, Any](), dict[int, Pulse](), list[int](), list[int | None]()
         with self._changing:
@@ -202,15 +207,15 @@ class Step:
     def _lost(self, nodes: Mapping[int, Far]) -> dict[str, str]:
         now_s, lost = time.monotonic(), {}
         for node in nodes.values():
-            if not node.over and now_s - node.heard_s == float("inf"):
+            silent_s = now_s - max(node.heard_s, self._awake_s)
+            if not node.over and node.heard_s == float("-inf"):
                 lost[node.host] = "has lost its agent: that was killed, or its slurmstepd was, or the node went down"
-            elif not node.over and node.started and now_s - node.heard_s > SILENT_S:
-                silent_s = now_s - node.heard_s
+            elif not node.over and node.started and silent_s > SILENT_S:
                 lost[node.host] = f"gave no sign of life for {silent_s:.0f} s: it is down, or cut off from the network"
         here = {node.host for node in nodes.values()}
         late = [host for host in self.hosts if host not in here]
         ended = self.process is not None and self.process.poll() is not None
-        if nodes and now_s - self.started_s > self.patience_s:
+        if nodes and now_s - max(self.started_s, self._awake_s) > self.patience_s:
             lost |= dict.fromkeys(late, f"has not started its agent within {self.patience_s:g} s, and others have")
         elif nodes and ended:
             lost |= dict.fromkeys(late, f"could not start its agent; srun said: {self.said_by_srun()[-1000:]}")

@@ -30,7 +30,7 @@ from toolkit.config import Job
 from toolkit.config.text import dump
 from toolkit.errors import JobError
 from toolkit.lock import holder_of, newest_claim
-from toolkit.run import COMPLETE, Run
+from toolkit.run import CANCEL, COMPLETE, STOP, Run
 
 SUBMITTED = "submitted.json"
 _A_YEAR_MIN = 525600
@@ -87,6 +87,8 @@ def check(submission: Submission, only_shown: bool = False) -> list[Plan]:
             _step(submission, one)
         refuse_unseen(submission.folder, "scratch", plan.profile.shared)
         refuse_unseen(submission.cwd, "the folder the command runs in", plan.profile.shared)
+        is_venv = sys.prefix != sys.base_prefix  # else it may be installed on each node
+        refuse_unseen(sys.prefix, "this Python", plan.profile.shared if is_venv else ())
     for one in submission.plans:
         _refuse_running(Run(one.job.run.dir))
         Run(one.job.run.dir).refuse_drift(one.job.as_written(), {})
@@ -176,6 +178,8 @@ def _queued(runs: Sequence[Run]) -> Iterator[None]:
     before = {run: _content(run.at("status.json")) for run in runs}
     try:
         for run in runs:
+            for wish in (STOP, CANCEL):  # nothing runs: they were meant for a start that has ended
+                run.granted(wish)
             run.mark("queued", submitted_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         yield
     except BaseException:
@@ -242,12 +246,10 @@ def _setup(submission: Submission, code: snapshot.Snapshot | None) -> list[str]:
 def _parameters(submission: Submission, code: snapshot.Snapshot | None) -> dict[str, Any]:
     """What submitit makes the script of; what is None is none of its business."""
     options = submission.plans[0].options()
-    ours = dict.fromkeys(("time", "wckey"))
-    count = len(submission.plans)
-    return ours | {
-        "job_name": options.pop("job-name"), "use_srun": False, "stderr_to_stdout": True,
+    return {
+        "time": None, "wckey": None, "job_name": options.pop("job-name"), "use_srun": False, "stderr_to_stdout": True,
         "setup": _setup(submission, code), "additional_parameters": options,
-        "array_parallelism": submission.most_at_once or count,
+        "array_parallelism": submission.most_at_once or len(submission.plans),
     }  # fmt: skip
 
 
@@ -285,9 +287,7 @@ def _step(submission: Submission, plan: Plan) -> list[str]:
 def _script(submission: Submission) -> str:
     from submitit.slurm.slurm import _make_sbatch_string
 
-    code = None
-    if submission.takes_snapshot:
-        code = snapshot.take(submission.cwd, _code_folder(submission), write=False)
+    code = snapshot.take(submission.cwd, _code_folder(submission), write=False) if submission.takes_snapshot else None
     count = len(submission.plans)
     command = f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(submission.folder)}"
     parameters = _parameters(submission, code) | ({"map_count": count} if count > 1 else {})
