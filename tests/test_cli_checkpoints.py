@@ -22,8 +22,6 @@ from tests.dist.conftest import Stage
 from toolkit.checkpoint import Archive
 from toolkit.proof import NOT_OF_THE_JOB
 
-pytestmark = pytest.mark.timeout(240)
-
 TRAIN = ["train", "digits.yaml", "checkpoint.keep=9"]
 
 

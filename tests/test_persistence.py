@@ -19,8 +19,6 @@ from tests.conftest import small_disk_of
 from tests.dist.conftest import Stage, staged
 from toolkit.proof import NOT_OF_THE_JOB
 
-pytestmark = pytest.mark.timeout(120)
-
 TRAIN = ["train", "digits.yaml", "schedule.name=held:cosine", "log.every_steps=1"]
 
 

@@ -18,6 +18,7 @@ from tests.dist.conftest import Stage
 from toolkit.cluster import step
 from toolkit.cluster.agent import TOKEN
 from toolkit.cluster.step import Step
+from toolkit.process import is_gone
 
 # srun FOLDER NODES: an agent on each node; ends when all have.
 SRUN = """
@@ -135,15 +136,15 @@ def test_strangers_change_nothing(started: Started, stage: Stage) -> None:
 def test_a_node_that_stands_still_is_lost_by_name(
     started: Started, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "SILENT_S", 2.0)
-    monkeypatch.setattr(step, "END_S", 5.0)
     hold(stage)
     started.start()
     started.until(lambda look: started.held(), "ranks before step 3", 90)
+    monkeypatch.setattr(step, "SILENT_S", 4.0)
+    monkeypatch.setattr(step, "END_S", 5.0)
     started.agents()[1].suspend()
-    look = started.until(lambda look: look.lost, "loss", 10)
+    look = started.until(lambda look: look.lost, "loss")
     assert list(look.lost) == ["far1"]
-    assert "gave no sign of life for 2 s: it is down, or cut off from the network" in look.lost["far1"]
+    assert "gave no sign of life for 4 s: it is down, or cut off from the network" in look.lost["far1"]
 
 
 def test_a_killed_agent_is_lost_at_once_and_its_ranks_go_with_it(started: Started, stage: Stage) -> None:
@@ -153,9 +154,9 @@ def test_a_killed_agent_is_lost_at_once_and_its_ranks_go_with_it(started: Starte
     ranks = {rank: note["pid"] for rank, note in look.notes.items()}
     assert TOKEN not in psutil.Process(ranks[1]).environ(), "ranks run the user's code"
     started.agents()[1].kill()
-    look = started.until(lambda look: look.lost, "loss", 5)
+    look = started.until(lambda look: look.lost, "loss", step.SILENT_S - 5)
     assert "has lost its agent" in look.lost["far1"]
-    stage.wait_for(lambda: not psutil.pid_exists(ranks[1]), "end of its rank", timeout_s=10)
+    stage.wait_for(lambda: is_gone(ranks[1]), "end of its rank", timeout_s=10)
 
 
 def test_a_signal_to_a_node_is_told_and_a_stop_reaches_every_rank(started: Started, stage: Stage) -> None:
@@ -165,7 +166,7 @@ def test_a_signal_to_a_node_is_told_and_a_stop_reaches_every_rank(started: Start
     started.agents()[1].send_signal(signal.SIGUSR2)
     started.until(lambda look: started.warned == [signal.SIGUSR2], "warning", 10)
     started.step.stop(signal.SIGUSR2)
-    time.sleep(0.6)
+    stage.wait_until_told([0, 1])
     stage.release()
     look = started.until(lambda look: look.ended, "end")
     assert {note["exit"] for note in look.notes.values()} == {75}
@@ -188,6 +189,7 @@ SUPERVISOR_OF_TWO = """
 import os, sys, time
 from pathlib import Path
 from toolkit.cluster.step import Step
+from toolkit.process import is_gone
 folder = Path("attempt2")
 folder.mkdir()
 step = Step(folder, [sys.executable, "srun.py", "2", sys.argv[1]], ["far0", "far1"], 1, patience_s=60)

@@ -42,7 +42,8 @@ def test_it_is_small(docker: Docker, image: str) -> None:
 def test_it_says_what_it_is(docker: Docker, target: str, request: pytest.FixtureRequest) -> None:
     image = request.getfixturevalue(target)
     config = inspected(docker, image)["Config"]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    head = ["git", "-c", "safe.directory=*", "rev-parse", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     labels, cuda = config["Labels"], torch.version.cuda or ""
     assert labels["org.opencontainers.image.version"] == toolkit.__version__
     assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == commit.strip()

@@ -192,7 +192,6 @@ def test_a_run_begun_here_goes_on_under_slurm(cluster: Cluster, place: Workplace
 
 
 @pytest.mark.campaign  # Slurm lets a job that is queued again wait for two minutes
-@pytest.mark.timeout(400)
 def test_plain_sbatch_is_watched_too_and_queues_itself_again_at_the_time_limit(
     cluster: Cluster, place: Workplace
 ) -> None:
