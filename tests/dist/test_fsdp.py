@@ -27,8 +27,8 @@ GPT = [
 # With its own epsilon Adam makes whole steps of gradients that are nothing but rounding.
 CNN = [
     "train", "jobs/digits_cnn.yaml", f"train.max_steps={STEPS}", "schedule.name=held:cosine",
-    "schedule.args.warmup_steps=5", "log.every_steps=1", "checkpoint.every_steps=20", "model.args.width=8", "optimizer.args.eps=1e-5",
-    "eval.every_epochs=1", "train.ema_decay=0.9",
+    "schedule.args.warmup_steps=5", "log.every_steps=1", "checkpoint.every_steps=20", "model.args.width=8",
+    "optimizer.args.eps=1e-5", "eval.every_epochs=1", "train.ema_decay=0.9",
 ]  # fmt: skip
 JOBS = {2: GPT, 4: CNN}
 

@@ -35,8 +35,8 @@ def test_a_rank_whose_batches_come_late_is_named_with_its_host(stage: Any, worke
     stage.place.write("slow.py", SLOW)
     said = stage.run(
         "train", "digits.yaml", "--processes=3", "train.max_steps=30", "log.every_steps=10",
-        "data.train.name=slow:Slow", "data.train.args.rank=1", "data.val=null", f"data.workers={workers}", "run.dir=runs/x",
-        f"train.micro_batch_size={micro_batch_size}",
+        "data.train.name=slow:Slow", "data.train.args.rank=1", "data.val=null", f"data.workers={workers}",
+        "run.dir=runs/x", f"train.micro_batch_size={micro_batch_size}",
     )  # fmt: skip
     (warning,) = [line for line in said.splitlines() if line.startswith("WARNING: rank")]
     assert warning.startswith(f"WARNING: rank 1 on host {socket.gethostname()} holds up the others")
