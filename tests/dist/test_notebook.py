@@ -55,7 +55,7 @@ def hold(stage: Any) -> None:
 
 def test_it_trains_shows_and_returns_the_run(stage: Any) -> None:
     process = cell(stage, steps=20, RANK="3")  # left there by somebody who has tried to do without
-    out, err = stage.end(process, 0, timeout_s=100)
+    out, err = stage.end(process, 0)
     assert "2 ranks on cpu" in out
     assert out.splitlines()[-1].startswith("RETURNED Run completed 20 ")
     assert err == ""
@@ -82,8 +82,8 @@ def test_a_killed_notebook_leaves_a_run_that_is_saved_and_nothing_else(stage: An
     process.kill()
     stage.wait_until_told(range(processes))
     stage.release()
-    process.communicate(timeout=60)
-    stage.wait_for(lambda: not stage.alive(), "end of all ranks", timeout_s=30)
+    process.communicate(timeout=180)
+    stage.wait_for(lambda: not stage.alive(), "end of all ranks")
     status = stage.place.status("runs/x")
     assert (status["state"], status["reason"]) == ("preempted", "stopped by SIGTERM")
     assert (stage.folder / f"runs/x/checkpoints/step-{status['step']:08d}/manifest.json").exists()
