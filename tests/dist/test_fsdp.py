@@ -82,6 +82,7 @@ def test_a_killed_and_resumed_run_ends_bit_equal(
     undisturbed = whole(world, ranks, "fsdp")
     words = [*JOBS[ranks], f"--processes={ranks}", "train.strategy=fsdp", f"run.dir=runs/killed-{ranks}"]
     process = world.hold(*words, before=38, ranks=range(ranks))
+    world.wait_for_save(f"runs/killed-{ranks}", 20)
     world.kill_whole(process)
     assert "resuming at step" in world.run(*words, *more)
     killed = f"runs/killed-{ranks}"
