@@ -57,7 +57,7 @@ class Workplace:
             text=True,
         )
 
-    def run(self, *words: str, status: int = 0, timeout_s: float = 120, **environment: str) -> str:
+    def run(self, *words: str, status: int = 0, timeout_s: float = 300, **environment: str) -> str:
         """`toolkit WORDS`, asserted to end with `status`. Returns stdout and stderr together."""
         process = self.start(*words, **environment)
         try:

@@ -25,8 +25,6 @@ from toolkit.errors import JobError
 from toolkit.fork import fork
 from toolkit.proof import NOT_OF_THE_JOB
 
-pytestmark = pytest.mark.timeout(240)
-
 TRAIN = ["train", "digits.yaml", "checkpoint.keep=9"]
 
 
@@ -377,7 +375,7 @@ class Forgetful(Cnn):
 
 
 def test_verify_resume_proves_that_kills_change_nothing(stage: Stage) -> None:
-    said = stage.run(*PROVE, "--kills=1", timeout_s=200, COLUMNS="200")
+    said = stage.run(*PROVE, "--kills=1", timeout_s=600, COLUMNS="200")
     rows = [re.sub(r"[│┃\s]+", " ", line).strip() for line in said.splitlines() if "│" in line]
     assert len(rows) == 2
     assert re.fullmatch(r"killed, 1 rank 1 0 equal equal, bit for bit equal", rows[0])
@@ -397,7 +395,7 @@ def test_verify_resume_finds_a_model_that_does_not_resume(stage: Stage) -> None:
     stage.place.write("mine.py", FORGETFUL)
     stage.place.prepare = (start_by_forking, ())
     said = stage.run(*PROVE, "model.name=mine:Forgetful", "--other=1", "--kills=2", "--in", "kept", status=1,
-                     timeout_s=200, COLUMNS="200")  # fmt: skip
+                     timeout_s=600, COLUMNS="200")  # fmt: skip
     rows = [re.sub(r"[│┃\s]+", " ", line).strip() for line in said.splitlines() if "│" in line]
     assert re.fullmatch(r"killed, 1 rank 2 [01] equal differ by .* of their norm of the same steps", rows[0])
     assert "NOT EQUAL" in said

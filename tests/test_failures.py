@@ -98,13 +98,16 @@ FAMILY = """
 import faulthandler, os, signal, sys, time
 out = open(sys.argv[1], "ab", buffering=0)
 faulthandler.register(signal.SIGQUIT, out, all_threads=True)
+heard, told = os.pipe()
 for silent in (True, False):
     if os.fork() == 0:
         if silent:
             signal.signal(signal.SIGQUIT, lambda *caught: None)
+        os.write(told, b".")
         while os.getppid() != 1:
             time.sleep(0.1)
         sys.exit()
+os.read(heard, 1), os.read(heard, 1)
 print("ready", flush=True)
 time.sleep(120)
 """

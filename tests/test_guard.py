@@ -1,6 +1,7 @@
 """Whoever watches the supervisor of a job: what is killed is started again, and signals arrive, whenever they come."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,9 +25,9 @@ what, count = sys.argv[1], int(sys.argv[2])
 if what == "die" and starts <= count:
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "listen":
-    time.sleep(0.5)  # as if it imported much
+    while not os.path.exists("imported"):
+        time.sleep(0.01)
     signals = StopSignals().listen()
-    open("listens", "w").close()
     while not signals.received:
         time.sleep(0.02)
     print("told", signals.received.name, flush=True)
@@ -55,6 +56,14 @@ def wait_for_starts(folder: Path, count: int) -> None:
         time.sleep(0.01)
 
 
+def wait_until_pending(pid: int, number: signal.Signals) -> None:
+    """Until a process that holds signals back has been sent one."""
+    deadline_s = time.monotonic() + 30
+    while not int(re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16) >> (number - 1) & 1:
+        assert time.monotonic() < deadline_s, number
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("status", [0, 1, 2, 75])
 def test_it_ends_as_its_command_ends(status: int, tmp_path: Path) -> None:
     process = guard(tmp_path, "exit", status)
@@ -80,9 +89,11 @@ def test_it_gives_up_on_what_is_killed_each_time(tmp_path: Path) -> None:
 def test_a_signal_is_passed_on_though_the_command_does_not_listen_yet(number: signal.Signals, tmp_path: Path) -> None:
     process = guard(tmp_path, "listen", 0)
     wait_for_starts(tmp_path, 1)
-    assert not (tmp_path / "listens").exists()
+    (command,) = starts(tmp_path)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
+    wait_until_pending(command, number)
+    (tmp_path / "imported").touch()
+    out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (75, f"told {number.name}\n")
 
 
@@ -91,8 +102,9 @@ def test_the_next_start_learns_of_a_signal_that_the_one_before_took_with_it(tmp_
     wait_for_starts(tmp_path, 1)
     (killed,) = starts(tmp_path)
     process.send_signal(signal.SIGTERM)
-    subprocess.run(["kill", "-9", str(killed)], check=True, timeout=10)
-    out, _ = process.communicate(timeout=30)
+    os.kill(killed, signal.SIGKILL)
+    (tmp_path / "imported").touch()
+    out, _ = process.communicate(timeout=60)
     assert (process.returncode, len(starts(tmp_path))) == (75, 2), out
     assert "told SIGTERM" in out
 
@@ -121,4 +133,4 @@ def test_the_command_goes_with_its_guard(tmp_path: Path) -> None:
     process = guard(tmp_path, "listen", 0)
     wait_for_starts(tmp_path, 1)
     process.kill()
-    process.communicate(timeout=10)  # its end of the pipe is closed only when the command is gone too
+    process.communicate(timeout=60)  # its end of the pipe is closed only when the command is gone too

@@ -13,8 +13,6 @@ from tests.conftest import small_disk_of
 from toolkit import storage
 from toolkit.journal import Journal
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(params=["folder", "memory"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:

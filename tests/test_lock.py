@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,13 +21,13 @@ from toolkit import lock, storage
 from toolkit.errors import JobError, RunError
 from toolkit.lock import Lock, holder_of
 
-pytestmark = pytest.mark.timeout(60)
-
 HERE = {
     "host": "node-1", "pid": os.getpid(), "pid_namespace": "pid:[1]", "boot_id": "boot-1", "slurm_job_id": None,
     "slurm_restart_count": 0,
 }  # fmt: skip
 ELSEWHERE = HERE | {"host": "node-2", "pid": 1234, "boot_id": "boot-2"}
+
+NOT_WATCHED_S = lock.BEATS_MISSED * lock.BEAT_S / 2  # nobody takes that long, and to watch a claim takes longer
 
 RACER = """
 import json
@@ -60,6 +62,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(lock, "BEAT_S", 0.2)
     monkeypatch.setattr(lock, "REMOTE_BEAT_S", 0.2)
     return lock.BEATS_MISSED * 0.2
+
+
+@pytest.fixture
+def patient(quick: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As quick, for a holder that beats, which may be late now and then."""
+    monkeypatch.setattr(lock, "BEATS_MISSED", 100)
 
 
 @pytest.fixture
@@ -129,7 +137,7 @@ def test_whoever_comes_second_is_told_who_holds_the_lock(url: str) -> None:
     with pytest.raises(JobError, match=r"held by attempt 7 on host node-1 \(pid (\d+), Slurm job 99\)") as refusal:
         Lock(url, HERE).claim()
     assert f"pid {os.getpid()}" in str(refusal.value)
-    assert "heartbeat 3 s ago" in str(refusal.value)
+    assert re.search("heartbeat [3-9] s ago", str(refusal.value))
     assert "--fresh" in str(refusal.value)
     assert storage.names(url) == ["attempt-0007.json"]
     assert storage.read(place) == before
@@ -155,7 +163,7 @@ def test_a_killed_holder_on_this_machine_is_taken_over_at_once(
         time.sleep(0.001)
     started_s = time.monotonic()
     assert claimed().attempt == 2
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < NOT_WATCHED_S
 
 
 def test_a_pid_that_was_given_away_again_is_not_the_holder(url: str, claimed: Claim) -> None:
@@ -171,7 +179,7 @@ def test_a_lock_that_was_let_go_is_free_at_once(url: str, claimed: Claim) -> Non
     assert claim_of(url)["released"]
     started_s = time.monotonic()
     assert claimed().attempt == 2
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < NOT_WATCHED_S
 
 
 def test_a_holder_elsewhere_that_stands_still_is_watched_and_taken_over(url: str, claimed: Claim, quick: float) -> None:
@@ -188,7 +196,8 @@ def test_a_holder_elsewhere_that_stands_still_is_watched_and_taken_over(url: str
     assert "watching it" in said[0]
 
 
-def test_a_holder_elsewhere_whose_heart_beats_is_not_taken_over(url: str, claimed: Claim, quick: float) -> None:
+@pytest.mark.usefixtures("patient")
+def test_a_holder_elsewhere_whose_heart_beats_is_not_taken_over(url: str, claimed: Claim) -> None:
     claimed(ELSEWHERE)
     for _ in range(3):
         with pytest.raises(JobError, match="node-2"):
@@ -196,12 +205,40 @@ def test_a_holder_elsewhere_whose_heart_beats_is_not_taken_over(url: str, claime
     assert storage.names(url) == ["attempt-0001.json"]
 
 
-def test_a_wrong_clock_neither_keeps_nor_breaks_a_lock(url: str, claimed: Claim, quick: float) -> None:
+def test_a_clock_that_is_ahead_does_not_keep_a_lock(url: str, claimed: Claim, quick: float) -> None:
     forge(url, **ELSEWHERE, age_s=-3600)  # an hour ahead, and dead
-    first = claimed(ELSEWHERE | {"host": "node-3", "boot_id": "boot-3"})
-    assert first.attempt == 2
+    assert claimed().attempt == 2
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("ahead_s", [-300, 3600])
+def test_a_wrong_clock_does_not_break_a_lock(url: str, ahead_s: float) -> None:
+    place, beats = forge(url, **ELSEWHERE, age_s=-ahead_s), []
+
+    def beat(_: str) -> None:
+        beats.append(forge(url, **ELSEWHERE, age_s=-ahead_s))
+
     with pytest.raises(JobError):
-        claimed()
+        Lock(url, HERE).claim(say=beat)
+    assert beats == [place]
+
+
+def test_who_watches_and_stands_still_looks_again_before_taking_over(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is suspended for ten minutes, and only after that does the holder's next heartbeat come."""
+    forge(url, **ELSEWHERE)
+    now_s, pauses = [0.0], []
+
+    def sleep(pause_s: float) -> None:
+        pauses.append(pause_s)
+        now_s[0] += 600 if len(pauses) == 1 else pause_s
+        if len(pauses) == 2:
+            forge(url, **ELSEWHERE)
+
+    clock = SimpleNamespace(monotonic=lambda: now_s[0], sleep=sleep, time=time.time)
+    monkeypatch.setattr(lock, "time", clock)
+    with pytest.raises(JobError, match="node-2"):
+        Lock(url, HERE).claim()
+    assert len(pauses) == 2
 
 
 def test_a_holder_elsewhere_that_lets_go_while_it_is_watched_is_followed(url: str, quick: float) -> None:
@@ -218,24 +255,26 @@ def test_a_heartbeat_of_long_ago_is_not_watched(url: str, claimed: Claim) -> Non
     forge(url, **ELSEWHERE, age_s=lock.ANCIENT_S + 1)
     started_s = time.monotonic()
     assert claimed().attempt == 2
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < NOT_WATCHED_S
 
 
 def test_a_machine_that_was_started_again_holds_nothing(url: str, claimed: Claim) -> None:
     forge(url, boot_id="boot-0", age_s=lock.BEATS_MISSED * lock.REMOTE_BEAT_S + 1)
     started_s = time.monotonic()
     assert claimed().attempt == 2
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < NOT_WATCHED_S
 
 
-def test_another_machine_of_the_same_name_is_believed_while_its_heart_beats(claimed: Claim, quick: float) -> None:
+@pytest.mark.usefixtures("patient")
+def test_another_machine_of_the_same_name_is_believed_while_its_heart_beats(claimed: Claim) -> None:
     claimed(HERE | {"boot_id": "boot-0"})
     with pytest.raises(JobError):
         claimed()
 
 
+@pytest.mark.usefixtures("patient")
 def test_two_machines_that_do_not_know_their_boot_are_not_one(
-    claimed: Claim, quick: float, stranger: subprocess.Popen[bytes]
+    claimed: Claim, stranger: subprocess.Popen[bytes]
 ) -> None:
     stranger.kill()
     stranger.wait()
@@ -393,7 +432,8 @@ def test_a_lock_is_let_go_of_without_its_store(url: str, claimed: Claim, monkeyp
     assert not claim_of(url)["released"]
 
 
-def test_who_only_looks_sees_a_holder_whose_heart_beats_and_no_other(url: str, claimed: Claim, quick: float) -> None:
+@pytest.mark.usefixtures("patient")
+def test_who_only_looks_sees_a_holder_whose_heart_beats(url: str, claimed: Claim) -> None:
     said: list[str] = []
     assert holder_of(url) is None
     one = claimed()
@@ -401,7 +441,11 @@ def test_who_only_looks_sees_a_holder_whose_heart_beats_and_no_other(url: str, c
     assert "watching it" in said[0]
     one.release()
     assert holder_of(url) is None
-    forge(url, attempt=2)  # of a process that was killed
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_only_looks_sees_no_holder_that_was_killed(url: str) -> None:
+    forge(url)
     assert holder_of(url) is None
 
 

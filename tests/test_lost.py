@@ -1,6 +1,7 @@
 """Lost steps in one process: what counts as lost, what a skipped step leaves, and a stream without some batches."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tests.conftest import Workplace
 from tests.dist.conftest import Stage, staged
 from tests.planted import bad, plant, sample_of, skip_from_the_start
-from toolkit import proof
+from toolkit import persistence, proof
 from toolkit.checkpoint import Archive, Checkpointer
 from toolkit.config import Component, load_job
 from toolkit.datasets.loader import Batch
@@ -300,6 +301,18 @@ def test_after_the_last_rollback_the_run_ends_in_words_and_may_go_on_with_more(s
     assert f"train.max_rollbacks is {most}, and as many batches have been left out: sample {samples[most]}" in said
     assert "| first to fail | rank 0 |" in (stage.folder / "runs/x/postmortem.md").read_text()
     assert "completed" in stage.run(*words, "train.max_rollbacks=2"), "a policy may change between two starts"
+
+
+def test_a_save_in_flight_is_saved_before_a_lost_step_ends_the_run(workplace: Workplace) -> None:
+    job = load_job(str(workplace.folder / "digits.yaml"), [], {})
+    trainer, saver = trainer_of(), Checkpointer(str(workplace.folder / "checkpoints"))
+    with (
+        pytest.raises(LostLossError, match="as asked"),
+        persistence.rolling_back(Run(""), job, trainer, Checkpoints(saver), print),
+    ):
+        saver.save(trainer.state, before_commit=lambda: time.sleep(0.5))
+        raise LostLossError("as asked", range(1))
+    assert saver.archive.steps() == [0]
 
 
 class Torn(Classification):

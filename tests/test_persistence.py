@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from tests.campaigns.starts import Forked
 from tests.conftest import small_disk_of
 from tests.dist.conftest import Stage, staged
 from toolkit.proof import NOT_OF_THE_JOB
-
-pytestmark = pytest.mark.timeout(120)
 
 TRAIN = ["train", "digits.yaml", "schedule.name=held:cosine", "log.every_steps=1"]
 
@@ -47,8 +45,10 @@ def lines(stage: Stage, run: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in NOT_OF_THE_JOB} for line in found]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(folder: Path, without: Sequence[str] = ()) -> dict[str, bytes]:
+    """Of every file that has none of these in its path: such as come and go while one looks."""
+    paths = [path for path in folder.rglob("*") if not any(part in str(path) for part in without)]
+    return {str(path): path.read_bytes() for path in paths if path.is_file()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -65,8 +65,7 @@ def test_a_second_start_is_refused_with_host_pid_and_age_and_writes_nothing(stag
     changing = ("/lock/", "/status.json", "/.tmp-")
 
     def steady() -> dict[str, bytes]:
-        found = contents(stage.folder / "runs")
-        return {path: content for path, content in found.items() if not any(name in path for name in changing)}
+        return contents(stage.folder / "runs", without=changing)
 
     before, started_s = steady(), time.monotonic()
     message = stage.run(*words, status=2)

@@ -21,6 +21,7 @@ PLAIN = [text for text in PYTHON if "from toolkit import" in text]  # loops of s
 TARGETS = [command.removeprefix("make ") for command in COMMANDS if command.startswith("make ")]
 
 
+@pytest.mark.timeout(1500)  # some 24 commands
 def test_the_commands_work_as_typed(workplace: Workplace) -> None:
     (mine,) = [text for text in PYTHON if text not in PLAIN]
     (waves,) = [text for kind, text in BLOCKS if kind == "yaml" and "mine:" in text]
@@ -32,7 +33,7 @@ def test_the_commands_work_as_typed(workplace: Workplace) -> None:
     said = ""
     for words in typed:
         done = subprocess.run(
-            words, cwd=workplace.folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+            words, cwd=workplace.folder, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
         said += done.stdout
@@ -66,7 +67,7 @@ def _run_here(workplace: Workplace, code: str) -> "subprocess.CompletedProcess[s
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
         start_new_session=True,
     )

@@ -18,8 +18,6 @@ from toolkit.errors import JobError, RunError
 from toolkit.provenance import source_code
 from toolkit.run import SAVE_NOW, STOP, Run, fresh_url
 
-pytestmark = pytest.mark.timeout(60)
-
 JOB = {
     "run": {"name": "x", "dir": "runs/x", "seed": 0, "init_from": None},
     "model": {"name": "cnn", "args": {"width": 32}},

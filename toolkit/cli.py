@@ -39,17 +39,18 @@ def train(
 ) -> None:
     """Train here, or resume: the run goes on from its newest checkpoint."""
     from toolkit.run import fresh_url
-    from toolkit.supervisor import supervise
+    from toolkit.supervisor import says_complete, supervise
 
     changes = list(overrides or [])
     config = load_job(job, changes, os.environ)
     if fresh:
         changes.append(config.moved_to(fresh_url(config.run.dir)))
         config = load_job(job, changes, os.environ)
+    if "RANK" not in os.environ and says_complete(config):
+        raise typer.Exit
     count = _ranks_to_start(processes or config.launch.processes)
-    if count > 1:
-        raise typer.Exit(supervise(config, ["train", job, *changes, *["--debug"] * debug], count, os.environ))
-    raise typer.Exit(_train_as_rank(config))
+    words = ["train", job, *changes, *["--debug"] * debug]
+    raise typer.Exit(supervise(config, words, count, os.environ) if count > 1 else _train_as_rank(config))
 
 
 def _ranks_to_start(wanted: int | str) -> int:
@@ -58,8 +59,7 @@ def _ranks_to_start(wanted: int | str) -> int:
         return 1
     if isinstance(wanted, int):
         return wanted
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return max(1, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
     return max(1, len([entry for entry in Path("/dev").glob("nvidia*") if entry.name[6:].isdigit()]))
 

@@ -104,11 +104,13 @@ def begin(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) ->
 @contextmanager
 def rolling_back(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: Say) -> Iterator[None]:
     """Where a step in here is lost and the job says rollback, the run is at its newest checkpoint afterwards, and
-    `state.skipped` has the batch of that step. Raises LostLossError once `train.max_rollbacks` have been left out.
+    `state.skipped` has the batch of that step. Raises LostLossError once `train.max_rollbacks` have been left out, and
+    where the job says something else. A save in flight is waited for in any case.
     """
     try:
         yield
-    except LostLossError as error:
+    except LostLossError as error:  # on all ranks together
+        _finish(saves)
         if job.train.on_nan != "rollback" or error.lost is None:
             raise
         if len(trainer.state.skipped) >= job.train.max_rollbacks:
@@ -117,6 +119,14 @@ def rolling_back(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: 
         _roll_back(run, trainer, saves, error.lost, say)
         count = f"rollback {len(trainer.state.skipped)} of {job.train.max_rollbacks}"
         say(f"WARNING: {error}: rolled back to step {trainer.state.step}, and on without them ({count})")
+
+
+def _finish(saves: Checkpoints) -> None:
+    """Wait for a save in flight, all ranks together: one that leaves in words takes its part of it along."""
+    phase = pulse.last().phase
+    pulse.beat("save")
+    distributed.from_rank_0(saves.checkpointer.wait)  # which ends last, with the manifest
+    pulse.beat(phase)  # that in which the step was lost
 
 
 def _roll_back(run: Run, trainer: Trainer, saves: Checkpoints, lost: Lost, say: Say) -> None:

@@ -29,14 +29,19 @@ _POLL_S = 0.1
 _SUSPENDED_S = 5.0  # between two looks, if all of this has stood still: nobody is late for that
 
 
+def says_complete(job: Job) -> bool:
+    """Whether the job's run has already done all that the job asks for; then says so."""
+    done = Run(job.run.dir).completed(job.as_written())
+    if done:
+        say(f"{done['summary']}\n{COMPLETE}")
+    return done is not None
+
+
 def supervise(job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
     """Run `toolkit WORDS` on that many ranks of this machine and return the run's exit status. No process of it is left
     behind.
     """
     job.check_ranks(processes)
-    if done := Run(job.run.dir).completed(job.as_written()):
-        say(f"{done['summary']}\n{COMPLETE}")
-        return 0
     signals = StopSignals(at_second_interrupt=_interrupt).listen()
     be_subreaper()
     try:

@@ -351,6 +351,7 @@ def suffer(fault: Fault, folder: Path, expected: Outcome, **settings: Any) -> tu
             fault.inflict(scene)
             if fault.warned:
                 scene.wait_for(lambda: "told to stop" in scene.said(), "warning", STEP_S)
+                scene.wait_for(lambda: len([*scene.folder.glob("told-*")]) == 4, "stop of every rank", STEP_S)
             scene.release()
             if fault.goes_on:
                 scene.wait_for(lambda: HELD_AT in scene.starts()[0], "next step", STEP_S)

@@ -41,6 +41,7 @@ STEPS, HELD_AT = 50, 25
 SCENE = """
 import itertools
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -58,6 +59,8 @@ whole_save = Checkpointer.save
 def pause(place):
     while Path(f"hold-{place}-{RANK}").exists():
         Path(f"held-{place}-{RANK}").touch()
+        if signal.getsignal(signal.SIGTERM).__self__.received:
+            Path(f"told-{RANK}").touch()
         time.sleep(0.02)
 
 
@@ -124,10 +127,11 @@ END_S, ENDS_S = 100.0, 30.0  # a whole run; from a fault to the end of everythin
 class Scene:
     """A run of several ranks that wait, and what can be done to them."""
 
-    def __init__(self, stage: Stage, processes: int, extra: tuple[str, ...]) -> None:
+    def __init__(self, stage: Stage, processes: int, extra: tuple[str, ...], afterwards: contextlib.ExitStack) -> None:
         stage.place.write("scene.py", SCENE)
         stage.place.write("job.yaml", JOB)
         self.stage, self.folder, self.run = stage, stage.folder, Run(str(stage.folder / "runs/job"))
+        self.afterwards = afterwards  # what is to be done when nobody is left
         self.processes, self.words = processes, ["train", "job.yaml", f"--processes={processes}", *extra]
 
     def hold(self, place: str) -> None:
@@ -188,13 +192,20 @@ class Fault:
     event: str = ""  # what the metrics call it, if the ranks go on without another attempt
     silent: bool = False  # whether nobody is left to write the page but the next start
 
+    @property
+    def ends_s(self) -> float:
+        """How long the command may take to end: where it makes another start in between, as long as a whole run."""
+        return END_S if self.status == 0 or "started again" in self.said else ENDS_S
+
 
 def _kill(find: Callable[[Scene], psutil.Process]) -> Inflict:
     return lambda scene: find(scene).kill()
 
 
 def _stop(scene: Scene) -> None:
+    """Of what is let go before the signal has come to the ranks, all may be done before they ask each other again."""
     scene.process.send_signal(signal.SIGTERM)
+    scene.stage.wait_until_told(range(scene.processes), scene.process)
 
 
 def _request(scene: Scene) -> None:
@@ -222,16 +233,20 @@ def _little_room(scene: Scene) -> None:
 
 def _little_room_in_a_cgroup(scene: Scene) -> None:
     group = memory_cgroup()
+    scene.afterwards.callback(group.rmdir)
     (group / "cgroup.procs").write_text(str(scene.notes[1]["pid"]))
     scene.plant("memory-1")
 
 
 def memory_cgroup() -> Path:
-    """A cgroup for rank 1 with room for 256 MiB. Raises OSError where none can be made."""
+    """A cgroup for rank 1 with room for 256 MiB and no swap. Raises OSError where none can be made."""
     v2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
     group = Path("/sys/fs/cgroup" if v2 else "/sys/fs/cgroup/memory", f"toolkit-faults-{os.getpid()}")
     group.mkdir(exist_ok=True)
     (group / ("memory.max" if v2 else "memory.limit_in_bytes")).write_text(str(1 << 28))
+    swap = group / ("memory.swap.max" if v2 else "memory.memsw.limit_in_bytes")  # in v1 that of both together
+    if swap.exists():  # where the kernel accounts for it
+        swap.write_text("0" if v2 else str(1 << 28))
     return group
 
 
@@ -309,8 +324,8 @@ class Outcome:
 def scene_in(folder: Path, processes: int, extra: tuple[str, ...] = ()) -> Iterator[Scene]:
     """A scene on which nobody is left at the end."""
     folder.mkdir()
-    with staged(starts.Forked(folder)) as stage:
-        yield Scene(stage, processes, extra)
+    with contextlib.ExitStack() as afterwards, staged(starts.Forked(folder)) as stage:
+        yield Scene(stage, processes, extra, afterwards)
 
 
 def undisturbed(folder: Path, processes: int) -> Outcome:
@@ -336,10 +351,10 @@ def suffer(fault: Fault, folder: Path, processes: int, expected: Outcome) -> flo
             assert event["positions"] == [35 * 32, 36 * 32 - 1], event
         elif fault.status == 0:
             took_s = scene.wait_for_a_step(process) - start_s
-        out, err = scene.stage.end(process, fault.status, END_S if fault.status == 0 else ENDS_S)
+        out, err = scene.stage.end(process, fault.status, fault.ends_s)
         assert "Traceback" not in out + err, out + err
         assert re.search(fault.said, out + err), f"{fault.said!r} is not in {out + err}"
-        scene.stage.wait_for(lambda: not scene.stage.alive(), "end of every process", timeout_s=10)
+        scene.stage.wait_for(lambda: not scene.stage.alive(), "end of every process", timeout_s=ENDS_S)
         if not fault.silent:
             _check_page(fault, scene)
         if fault.status:

@@ -18,10 +18,12 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = ["torch.distributed.run", "--standalone"]
 
 # The cosine schedule is asked once a step, in the rank itself: a rank waits there while the file hold-STEP-RANK exists.
+# Meanwhile told-RANK says that a signal to stop has come.
 # Before that it is tried out when the job is built, at the first step, in the middle and at the last.
 HELD = """
 import itertools
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -34,6 +36,9 @@ def cosine(step, total_steps, **args):
     rank, tried_out = os.environ.get("RANK", "0"), next(calls) < 3
     while not tried_out and Path(f"hold-{step}-{rank}").exists():
         Path(f"held-{step}-{rank}").touch()
+        stop = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if stop and stop.received:
+            Path(f"told-{rank}").touch()
         time.sleep(0.02)
     return optim.cosine(step, total_steps, **args)
 """
@@ -51,7 +56,7 @@ class Stage:
     def start(self, *words: str, **environment: str) -> "subprocess.Popen[str]":
         return self.place.start(*words, TMPDIR=str(self.tmp), **environment)
 
-    def run(self, *words: str, status: int = 0, timeout_s: float = 120, **environment: str) -> str:
+    def run(self, *words: str, status: int = 0, timeout_s: float = 300, **environment: str) -> str:
         return self.place.run(*words, status=status, timeout_s=timeout_s, TMPDIR=str(self.tmp), **environment)
 
     def torchrun(self, processes: int, *words: str) -> str:
@@ -67,7 +72,7 @@ class Stage:
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(self.tmp)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -78,6 +83,7 @@ class Stage:
         for rank in ranks:
             (self.folder / f"hold-{before}-{rank}").touch()
             (self.folder / f"held-{before}-{rank}").unlink(missing_ok=True)
+            (self.folder / f"told-{rank}").unlink(missing_ok=True)
         process = self.start(*words, **environment)
         self.wait_for(
             lambda: all((self.folder / f"held-{before}-{rank}").exists() for rank in ranks),
@@ -85,6 +91,22 @@ class Stage:
             process,
         )
         return process
+
+    def wait_until_told(self, ranks: Iterable[int], process: "subprocess.Popen[str] | None" = None) -> None:
+        """Until the signal to stop has come to these ranks, which wait: what is released before may end without it."""
+        self.wait_for(
+            lambda: all((self.folder / f"told-{rank}").exists() for rank in ranks), f"stop of ranks {ranks}", process
+        )
+
+    def wait_for_save(self, run: str, step: int) -> int:
+        """Until a checkpoint of a step, or of a later one, is whole: saves run beside the loop. Returns its step."""
+
+        def newest() -> int:
+            manifests = (self.folder / run / "checkpoints").glob("step-*/manifest.json")
+            return max((int(path.parent.name[5:]) for path in manifests), default=0)
+
+        self.wait_for(lambda: newest() >= step, f"checkpoint of step {step}")
+        return newest()
 
     def release(self) -> None:
         for path in self.folder.glob("hold-*"):
@@ -95,7 +117,7 @@ class Stage:
         condition: Callable[[], Any],
         what: str,
         process: "subprocess.Popen[str] | None" = None,
-        timeout_s: float = 90,
+        timeout_s: float = 180,
     ) -> Any:
         """The first true value of the condition; a failure if `process` ends before there is one."""
         deadline_s = time.monotonic() + timeout_s
@@ -106,7 +128,7 @@ class Stage:
             time.sleep(0.02)
         return value
 
-    def end(self, process: "subprocess.Popen[str]", status: int, timeout_s: float = 60) -> tuple[str, str]:
+    def end(self, process: "subprocess.Popen[str]", status: int, timeout_s: float = 180) -> tuple[str, str]:
         """(stdout, stderr) of a command that must end with this status."""
         out, err = process.communicate(timeout=timeout_s)
         assert process.returncode == status, f"exit {process.returncode}, not {status}:\n{out}\n{err}"

@@ -4,13 +4,14 @@
 
 Rank 0 prints, by case, the largest differences of loss, gradient norm, evaluation and weights over all steps.
 """
+# ruff: noqa: E402 - a script finds what it shares with the tests only once it has said where that is
 
 import json
 import os
 import sys
 import warnings
-from pathlib import Path
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,18 +32,25 @@ from toolkit.observers.averaging import Averaging
 
 STEPS = 12
 GPT = [
-    "jobs/char_gpt.yaml", "train.max_steps=100", "model.args.layers=2", "model.args.width=32", "data.global_batch_size=12",
-    "data.train.args.context=16", "data.val.args.context=16", "model.args.dropout=0.1",
+    "jobs/char_gpt.yaml", "train.max_steps=100", "model.args.layers=2", "model.args.width=32",
+    "data.global_batch_size=12", "data.train.args.context=16", "data.val.args.context=16", "model.args.dropout=0.1",
     "schedule.args.warmup_steps=0", "eval.batch_size=300",
 ]  # fmt: skip
-CNN = ["jobs/digits_cnn.yaml", "train.max_steps=100", "model.args.width=8", "schedule.args.warmup_steps=0", "optimizer.args.eps=1e-5"]
-# Without Adam: what makes a whole step of a gradient near 0 magnifies rounding, a thousandfold in batch norms over so few values.
-MODEL = [*CNN[:2], CNN[3], "optimizer={name: sgd, args: {lr: 0.02, momentum: 0.9}}", "train.activation_checkpointing=true"]
+CNN = [
+    "jobs/digits_cnn.yaml", "train.max_steps=100", "model.args.width=8", "schedule.args.warmup_steps=0",
+    "optimizer.args.eps=1e-5",
+]  # fmt: skip
+# Without Adam: what makes a whole step of a gradient near 0 magnifies rounding, a thousandfold in batch norms over so
+# few values.
+MODEL = [
+    *CNN[:2], CNN[3], "optimizer={name: sgd, args: {lr: 0.02, momentum: 0.9}}", "train.activation_checkpointing=true",
+]  # fmt: skip
 CASES = {
     "clipped": [*GPT, "train.clip_grad_norm=0.05"],
     "spikes are skipped": [*GPT, "train.on_nan=skip", "train.spike_grad_norm=1.8"],
     "accumulated": [*GPT, "train.micro_batch_size=2"],
-    "uneven": [*GPT, "model.args.dropout=0.0", "data.global_batch_size=13", "train.micro_batch_size=3"],  # at 2 and 4 ranks, one takes one more
+    # At 2 and 4 ranks, one takes one more.
+    "uneven": [*GPT, "model.args.dropout=0.0", "data.global_batch_size=13", "train.micro_batch_size=3"],
     "token weights": [*GPT, "task={name: language_modeling, args: {ignore_index: 3}}", "train.micro_batch_size=2"],
     "frozen, averaged": [*GPT, "train.freeze=[blocks.0.*, tokens.*]", "train.ema_decay=0.5"],
     "tied blocks": [*GPT, "model={name: sharded:Tied}"],

@@ -1,11 +1,12 @@
 """One rank of a world that writes or reads a checkpoint of a sharded model; tests/dist/test_shards.py starts it.
 
-    torchrun … tests/dist/shards.py write|read fsdp|plain FOLDER
+torchrun … tests/dist/shards.py write|read fsdp|plain FOLDER
 """
 
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def build(strategy: str) -> State:
     """Layers whose sides no number of ranks divides: of some tensors the last rank holds nothing."""
     torch.manual_seed(0)
     sizes = [7, 10, 5, 3]
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b)) for a, b in zip(sizes, sizes[1:])))  # noqa: B905
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b)) for a, b in pairwise(sizes)))
     if strategy == "fsdp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model:

@@ -8,8 +8,6 @@ import pytest
 from tests.campaigns import starts
 from tests.campaigns.faults import FAULTS, Fault, Outcome, memory_cgroup, suffer, undisturbed
 
-pytestmark = pytest.mark.timeout(200)
-
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Outcome:

@@ -14,8 +14,6 @@ from tests.conftest import Workplace
 from tests.dist.conftest import ROOT, TORCHRUN, Stage, staged
 from toolkit.proof import NOT_OF_THE_JOB
 
-pytestmark = pytest.mark.timeout(240)
-
 SCRIPT = Path(__file__).with_name("sharded.py")
 STEPS = 50
 # A constant learning rate, whatever the number of steps, and no dropout, which is drawn by rank.
@@ -28,9 +26,9 @@ GPT = [
 ]  # fmt: skip
 # With its own epsilon Adam makes whole steps of gradients that are nothing but rounding.
 CNN = [
-    "train", "jobs/digits_cnn.yaml", f"train.max_steps={STEPS}", "schedule.name=held:cosine", "schedule.args.warmup_steps=5",
-    "log.every_steps=1", "checkpoint.every_steps=20", "model.args.width=8", "optimizer.args.eps=1e-5",
-    "eval.every_epochs=1", "train.ema_decay=0.9",
+    "train", "jobs/digits_cnn.yaml", f"train.max_steps={STEPS}", "schedule.name=held:cosine",
+    "schedule.args.warmup_steps=5", "log.every_steps=1", "checkpoint.every_steps=20", "model.args.width=8",
+    "optimizer.args.eps=1e-5", "eval.every_epochs=1", "train.ema_decay=0.9",
 ]  # fmt: skip
 JOBS = {2: GPT, 4: CNN}
 
@@ -84,6 +82,7 @@ def test_a_killed_and_resumed_run_ends_bit_equal(
     undisturbed = whole(world, ranks, "fsdp")
     words = [*JOBS[ranks], f"--processes={ranks}", "train.strategy=fsdp", f"run.dir=runs/killed-{ranks}"]
     process = world.hold(*words, before=38, ranks=range(ranks))
+    world.wait_for_save(f"runs/killed-{ranks}", 20)
     world.kill_whole(process)
     assert "resuming at step" in world.run(*words, *more)
     killed = f"runs/killed-{ranks}"
@@ -114,7 +113,7 @@ def differences() -> dict[str, dict[str, float]]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,7 +122,7 @@ def differences() -> dict[str, dict[str, float]]:
 
 
 def test_every_option_makes_the_steps_that_it_makes_under_ddp(differences: dict[str, dict[str, float]]) -> None:
-    """At 4 ranks: clipping, accumulation, shares that do not divide, token weights, EMA, frozen and tied weights, batch norm."""
+    """At 4 ranks: clipping, accumulation, odd shares, token weights, EMA, frozen and tied weights, batch norm."""
     bounds = {"losses": 1e-5, "norms": 1e-5, "evaluation": 1e-5, "weights": 1e-4}
     rounded = {"losses": 2e-2, "norms": 1e-1, "evaluation": 5e-2, "weights": 5e-2}
     assert len(differences) >= 10

@@ -9,8 +9,6 @@ from tests.campaigns import starts
 from tests.campaigns.kill import campaign
 from tests.store.servers import MissingError
 
-pytestmark = pytest.mark.timeout(180)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def forkserver() -> None:

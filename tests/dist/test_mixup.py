@@ -8,8 +8,6 @@ import pytest
 from tests.dist.test_exactness import without_speed
 from tests.dist.test_worlds import distance
 
-pytestmark = pytest.mark.timeout(120)
-
 STEPS = 40
 MIXED = [
     "train", "digits.yaml", f"train.max_steps={STEPS}", "schedule.name=held:cosine", "train.precision=fp32",
@@ -35,8 +33,7 @@ def test_a_killed_and_resumed_run_ends_bit_equal(stage: Any, equal: Callable[...
     words = [*MIXED, "--processes=2", "data.workers=1", "train.micro_batch_size=12"]
     stage.run(*words, "run.dir=runs/whole")
     process = stage.hold(*words, "run.dir=runs/killed", before=25, ranks=range(2))
-    saved = stage.folder / "runs/killed/checkpoints/step-00000020/manifest.json"
-    stage.wait_for(saved.exists, "the checkpoint of step 20")
+    stage.wait_for_save("runs/killed", 20)
     stage.kill_whole(process)
     assert "resuming at step 20" in stage.run(*words, "run.dir=runs/killed")
     assert equal(stage.place.tensors("runs/killed", STEPS), stage.place.tensors("runs/whole", STEPS))

@@ -8,8 +8,6 @@ import pytest
 
 from tests.planted import bad, plant, sample_of, skip_from_the_start
 
-pytestmark = pytest.mark.timeout(240)
-
 TRAIN = ["train", "planted.yaml", "--processes=2"]
 STEPS, LOST = 24, 12  # the lost step counted from 0; it is looked at with the save of step 15
 POSITIONS = [LOST * 32, LOST * 32 + 31]
@@ -45,7 +43,10 @@ def test_skip_ends_as_if_the_step_had_been_left_out(
     stage: Any, equal: Callable[..., bool], ranks: int, clip: str
 ) -> None:
     plant(stage)
-    words = [*TRAIN[:-1], f"--processes={ranks}", "train.micro_batch_size=6", "train.ema_decay=0.9", f"train.clip_grad_norm={clip}"]
+    words = [
+        *TRAIN[:-1], f"--processes={ranks}", "train.micro_batch_size=6", "train.ema_decay=0.9",
+        f"train.clip_grad_norm={clip}",
+    ]  # fmt: skip
     said = stage.run(*words, *bad(sample_of(LOST, 1, ranks)), "train.on_nan=skip", "run.dir=runs/skipped")
     omitting = f"optimizer={{name: planted:Omitting, args: {{lr: 3e-3, omitted: {LOST}}}}}"
     stage.run(*words, omitting, "run.dir=runs/omitted")
@@ -68,6 +69,7 @@ def test_rollback_ends_as_if_the_batch_had_never_been_in_the_stream_killed_or_no
     words = [*TRAIN, *bad(sample_of(LOST)), "train.on_nan=rollback", "data.workers=1"]
     said = stage.run(*words, "run.dir=runs/whole")
     process = stage.hold(*words, "run.dir=runs/killed", before=18, ranks=[0, 1])
+    stage.wait_for_save("runs/killed", 15)
     stage.kill_whole(process)
     assert "resuming at step 15" in stage.run(*words, "run.dir=runs/killed")
 

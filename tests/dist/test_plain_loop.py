@@ -1,14 +1,9 @@
 """The sampler and the checkpointer in somebody else's DDP loop: begun on two ranks, ended on one."""
 
-from typing import Any
-
-import pytest
 import torch
 
-from tests.conftest import ROOT, tensors_of
+from tests.conftest import tensors_of
 from tests.dist.conftest import Stage
-
-pytestmark = pytest.mark.timeout(120)
 
 LOOP = """
 import os

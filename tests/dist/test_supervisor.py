@@ -10,8 +10,6 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = pytest.mark.timeout(150)
-
 STEPS = 300
 DIGITS = [
     "train", "digits.yaml", f"train.max_steps={STEPS}", "schedule.name=held:cosine", "run.dir=runs/x",
@@ -98,14 +96,16 @@ def test_an_exception_on_one_rank_is_said_once_with_its_rank(stage: Any) -> None
 BUSY = """
 import os
 import time
+from pathlib import Path
 
 from toolkit.datasets import digits
 
 
 class Busy(digits.Digits):
     def __init__(self):
+        Path(f"is-here-{os.environ['RANK']}").touch()
         if os.environ["RANK"] == "0":
-            time.sleep(60)
+            time.sleep(300)
         raise ValueError("no such disk")
 """
 
@@ -113,6 +113,7 @@ class Busy(digits.Digits):
 def test_what_a_rank_is_refused_for_is_said_soon_though_another_is_busy(stage: Any) -> None:
     stage.place.write("busy.py", BUSY)
     process = stage.start(*DIGITS, "--processes=2", "data.val=null", "data.train.name=busy:Busy")
+    stage.wait_for(lambda: len([*stage.folder.glob("is-here-*")]) == 2, "both ranks", process)
     _, err = stage.end(process, 2, timeout_s=25)
     assert "no such disk" in err
     assert not (stage.folder / "runs").exists()
@@ -126,6 +127,7 @@ def test_a_stopped_run_is_saved_and_the_same_command_goes_on(
     words = [*DIGITS, f"--processes={processes}"]
     process = stage.hold(*words, before=15, ranks=range(processes))
     process.send_signal(number)
+    stage.wait_until_told(range(processes), process)
     stage.release()
     out, err = stage.end(process, 75)
 

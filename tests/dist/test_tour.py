@@ -43,7 +43,7 @@ def python(words: Sequence[str], folder: Path) -> "subprocess.CompletedProcess[s
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -61,6 +61,9 @@ class Tour:
         self.folder = folder
         shutil.copytree(ROOT / "jobs", folder / "jobs")
         self._said: dict[str, str] = {}
+        before_s = cpu_s()
+        python(["-c", "import torch"], folder)
+        self.most_s = max(30.0, 25 * (cpu_s() - before_s))  # 30 s where torch is imported in 1.2 s; else as much slower
 
     def said(self, lesson: str) -> str:
         if lesson not in self._said:
@@ -69,7 +72,7 @@ class Tour:
             before_s = cpu_s()
             done = python([f"jobs/tour/{lesson}"], self.folder)
             assert done.returncode == 0, done.stdout + done.stderr
-            assert cpu_s() - before_s < 30
+            assert cpu_s() - before_s < self.most_s
             self._said[lesson] = done.stdout
         return self._said[lesson]
 
@@ -84,7 +87,7 @@ def test_there_are_eight_lessons_and_make_runs_them_in_order() -> None:
     recipe = re.search(r"^tour:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert recipe
     named = recipe[1].replace("$(BIN)/python", "echo").replace("$$", "$").replace("\t@", "")
-    shown = subprocess.run(["sh", "-c", named], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
+    shown = subprocess.run(["sh", "-c", named], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert shown.stdout.split() == [f"jobs/tour/{name}" for name in LESSONS]
 
 
@@ -149,7 +152,7 @@ def test_the_command_it_ends_with_works(lesson: str, tour: Tour) -> None:
 EXECUTED = """
 import nbclient, nbformat
 book = nbformat.read("jobs/tour/notebook.ipynb", as_version=4)
-nbclient.NotebookClient(book, timeout=100, resources={"metadata": {"path": "jobs/tour"}}).execute()
+nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": "jobs/tour"}}).execute()
 nbformat.write(book, "executed.ipynb")
 """
 

@@ -7,15 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from tests.conftest import ROOT
 import torch
 
+from tests.conftest import ROOT
 from toolkit.datasets.digits import Digits
 from toolkit.datasets.sampler import ElasticDistributedSampler
 from toolkit.datasets.split import held_out
-
-pytestmark = pytest.mark.timeout(200)
 
 STEPS, BATCH = 100, 32
 DIGITS = ["train", "digits.yaml", f"train.max_steps={STEPS}", "schedule.name=held:cosine", "train.precision=fp32"]
@@ -105,6 +102,7 @@ def test_a_run_goes_on_in_smaller_and_larger_worlds(stage: Any) -> None:
     stage.place.write("recording.py", RECORDING)
     words = [*DIGITS, "data.train.name=recording:Recorded", "data.val=null"]
     process = stage.hold(*words, "--processes=2", "run.dir=runs/1", before=55, ranks=[0, 1])
+    stage.wait_for_save("runs/1", 50)
     stage.kill_whole(process)
     shutil.copytree(stage.folder / "runs/1", stage.folder / "runs/3")
     stage.run(*words, "run.dir=runs/whole")
@@ -155,7 +153,7 @@ def test_plain_torchrun_is_the_same_world(stage: Any, equal: Callable[..., bool]
 
 
 def test_a_rank_of_another_world_is_named_and_nothing_is_written(stage: Any) -> None:
-    """Rank 1 has another number of threads, so its sums would differ: it is set where the job's own code is imported."""
+    """Rank 1 has another number of threads, so its sums would differ: set where the job's own code is imported."""
     stage.place.write("sitecustomize.py", ODD)
     path = os.pathsep.join([str(ROOT), str(stage.folder)])
     err = stage.place.run(*DIGITS, "--processes=3", "run.dir=runs/x", status=2, PYTHONPATH=path, TMPDIR=str(stage.tmp))

@@ -44,11 +44,11 @@ class Docker:
     environment: dict[str, str]
     is_ours: bool = False
 
-    def __call__(self, *words: object, status: int = 0, timeout_s: float = 120, **options: Any) -> str:
+    def __call__(self, *words: object, status: int = 0, timeout_s: float = 300, **options: Any) -> str:
         """What `docker WORDS` says on stdout and stderr. It must end with `status`."""
         return self.said(self.program, *words, status=status, timeout_s=timeout_s, **options)
 
-    def said(self, *command: object, status: int = 0, timeout_s: float = 120, **options: Any) -> str:
+    def said(self, *command: object, status: int = 0, timeout_s: float = 300, **options: Any) -> str:
         """What any command says that is to use this engine, such as docker/run."""
         environment = os.environ | self.environment | options.pop("env", {})
         words = [str(word) for word in command]

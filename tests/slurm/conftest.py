@@ -11,16 +11,22 @@ from typing import Any
 import psutil
 import pytest
 
+from toolkit.cluster import slurm
+
 ROOT = Path(__file__).parents[2]
 BED = ROOT / "slurm/testbed/cluster"
 NODES = (1, 2, 3, 4)
 USABLE = ("idle", "mixed", "allocated")  # someone may be using the testbed beside the tests
 
 
-def words_of(*command: object, timeout_s: float = 60, **options: Any) -> str:
-    """What a command prints. It must succeed."""
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=timeout_s, **options)
+def words_of(*command: object, timeout_s: float = 120, **options: Any) -> str:
+    """What a command prints. It must succeed; while Slurm does not answer it is asked again, for half a minute."""
+    words, end_s = [str(word) for word in command], time.monotonic() + 30
+    while True:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=timeout_s, **options)
+        if not done.returncode or not slurm._AWAY.search(done.stderr) or time.monotonic() > end_s:
+            break
+        time.sleep(0.5)
     assert done.returncode == 0, f"{' '.join(words)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -32,7 +38,7 @@ class Cluster:
         self.place, self.folder = place, place.folder
         self.hurt = False
 
-    def toolkit(self, *words: str, status: int = 0, timeout_s: float = 120, **environment: str) -> str:
+    def toolkit(self, *words: str, status: int = 0, timeout_s: float = 300, **environment: str) -> str:
         """`toolkit WORDS` as a user types it on the login node. Returns stdout and stderr together."""
         return self.place.run(*words, status=status, timeout_s=timeout_s, **environment)
 
@@ -55,7 +61,7 @@ class Cluster:
     def owns(self, folder: str) -> bool:
         return Path(folder).is_relative_to(self.folder)
 
-    def until(self, reached: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
+    def until(self, reached: Callable[[], Any], what: str, timeout_s: float = 180) -> Any:
         """The answer, as soon as it is true."""
         end = time.monotonic() + timeout_s
         while True:
@@ -65,7 +71,7 @@ class Cluster:
             assert not last, f"no sign of {what} in {timeout_s:.0f} s\n{self.report()}"
             time.sleep(0.1)
 
-    def wait(self, job: str, *states: str, timeout_s: float = 60, restarts: int = 0) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout_s: float = 180, restarts: int = 0) -> dict[str, str]:
         """Wait until a job is in one of the states and has been started again that often. What `show` says then."""
 
         def there() -> dict[str, str] | None:
@@ -88,7 +94,7 @@ class Cluster:
         listed = words_of("sinfo", "--noheader", "--Node", "--partition", "main", "--format", "%N %T").split()
         return dict(zip(listed[::2], listed[1::2], strict=True))[f"n{node}"]
 
-    def wait_node(self, node: int, *states: str, timeout_s: float = 40) -> str:
+    def wait_node(self, node: int, *states: str, timeout_s: float = 120) -> str:
         return self.until(
             lambda: (now := self.node_state(node).rstrip("*")) in states and now, f"n{node} {states}", timeout_s
         )
@@ -144,7 +150,7 @@ class Cluster:
     def tidy(self) -> None:
         """Cancel what the test has left, and mend what it has broken. Fails if a job's processes outlive the job."""
         if self.hurt:
-            words_of(BED, "up")
+            words_of(BED, "up", timeout_s=300)
         if left := self.jobs():
             self.cancel(*left)
         self.until(lambda: not self.jobs(), "the end of cancelled jobs")
@@ -178,10 +184,10 @@ def testbed() -> Iterator[None]:
     """The testbed, up, and at the end as it was found."""
     assert not missing(), missing()
     was_up = "slurmctld: up" in words_of(BED, "status")
-    words_of(BED, "up", timeout_s=300)
+    words_of(BED, "up", timeout_s=800)
     yield
     if not was_up:
-        words_of(BED, "down")
+        words_of(BED, "down", timeout_s=300)
 
 
 @pytest.fixture

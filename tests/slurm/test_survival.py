@@ -9,8 +9,6 @@ import pytest
 from tests.campaigns.cluster import FAULTS, WITHIN, Fault, shrink, store_of_all_nodes, suffer, undisturbed
 from tests.campaigns.faults import Outcome
 
-pytestmark = pytest.mark.timeout(400)
-
 ALWAYS = ("preempted by urgent", "rank 1 killed", "supervisor killed", "slurmstepd killed", "node killed")
 
 

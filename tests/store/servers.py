@@ -55,10 +55,12 @@ def need(package: str) -> None:
 class Server:
     """A program that serves a port, can be killed, and started again with its data."""
 
+    PORTS = 1  # it needs so many
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.port = free_port()
+        self.port, *self.more_ports = free_ports(self.PORTS)
         self.pid = self._keeper_pid = 0
         self._keeper: subprocess.Popen[str] | None = None
 
@@ -104,6 +106,12 @@ class Server:
 class S3Server(Server):
     """SeaweedFS: checks credentials, honours If-None-Match, keeps its data when it is killed."""
 
+    ROLES = (
+        *(f"{role}.port{kind}" for role in ("master", "volume", "filer") for kind in ("", ".grpc")),
+        "s3.port.grpc",
+    )
+    PORTS = 1 + len(ROLES)
+
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         found = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
@@ -114,8 +122,7 @@ class S3Server(Server):
         self.endpoint = f"http://{LOOPBACK}:{self.port}"
         self.environment = s3_environment(self.endpoint)
         self.url = f"s3://{BUCKET}"
-        roles = [f"{role}.port{kind}" for role in ("master", "volume", "filer") for kind in ("", ".grpc")]
-        self._ports = {role: free_port() for role in [*roles, "s3.port.grpc"]}
+        self._ports = dict(zip(self.ROLES, self.more_ports, strict=True))
 
     def fresh_url(self) -> str:
         """A place in the bucket that nobody else has."""
@@ -242,7 +249,7 @@ class FaultProxy:
 
     def __init__(self, server: S3Server, address: str = LOOPBACK) -> None:
         self.server, self.address = server, address
-        self.port = free_port()
+        (self.port,) = free_ports(1)
         self.url, self.fresh_url = server.url, server.fresh_url
         self.environment = s3_environment(f"http://{address}:{self.port}") | {"NO_PROXY": f"{LOOPBACK},{address}"}
         self.kind, self.amount = "pass", 0
@@ -423,10 +430,13 @@ def forget_connections() -> None:
             fsspec.get_filesystem_class(protocol).clear_instance_cache()
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind((LOOPBACK, 0))
-        return int(one.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """So many different ones: a port is given away again as soon as its socket is closed."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((LOOPBACK, 0))
+        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def is_open(port: int) -> bool:

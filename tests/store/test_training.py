@@ -22,8 +22,6 @@ from toolkit.checkpoint import Archive
 from toolkit.proof import NOT_OF_THE_JOB
 from toolkit.run import Run
 
-pytestmark = pytest.mark.timeout(180)
-
 STEPS = 60
 TRAIN = [
     "train", "digits.yaml", f"train.max_steps={STEPS}", "checkpoint.keep=9", "schedule.name=held:cosine",

@@ -6,6 +6,7 @@ and under FSDP forwards, in which ranks wait for each other.
 
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from statistics import median_low
 from typing import Any
 
@@ -37,6 +38,7 @@ class Stragglers:
             trainer.model.register_forward_hook(self._forward_ends)
         self.trainer, self.ranks = trainer, trainer.ranks
         self._restart()
+        self.idle_since_s = inf  # ranks agree before the first batch, and wait for each other: it does not count
 
     def after_step(self, trainer: Any) -> None:
         self.idle_since_s = time.monotonic()
@@ -72,7 +74,7 @@ class Stragglers:
 
     def _batch_has_come(self, *_: Any) -> None:
         if not self.trainer.evaluating:
-            self.own_s += time.monotonic() - self.idle_since_s
+            self.own_s += max(0.0, time.monotonic() - self.idle_since_s)
 
     def _forward_begins(self, *_: Any) -> None:
         if not self.trainer.evaluating:
