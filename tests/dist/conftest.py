@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = ["torch.distributed.run", "--standalone"]
 
 # The cosine schedule is asked once a step, in the rank itself: a rank waits there while the file hold-STEP-RANK exists.
-# Meanwhile told-RANK says that a signal to stop has come.
-# Before that it is tried out when the job is built, at the first step, in the middle and at the last.
+# Before, it is tried out when the job is built, at the first step, in the middle and at the last.
+# While it waits, told-RANK says that a signal to stop has come.
 HELD = """
 import itertools
 import os
