@@ -7,7 +7,7 @@ from the network lists them in `downloads(**args)`.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -71,11 +71,7 @@ def facts(dataset: Any, samples: int) -> dict[str, Any]:
     """By what a set of so many training samples is known again, as JSON gives it back: with another number of them the
     stream is another, and with other classes the targets are.
     """
-    named = {name: getattr(dataset, name, None) for name in NAMES}
-    told = {name: of for name, of in named.items() if isinstance(of, str | list | tuple) and _are_words(of)}
-    plain: dict[str, Any] = json.loads(json.dumps({"samples": samples} | shapes(dataset) | told, default=str))
+    known = meaning.of(dataset)
+    named = {name: known[name] for name in NAMES if name in known}
+    plain: dict[str, Any] = json.loads(json.dumps({"samples": samples} | shapes(dataset) | named, default=str))
     return plain
-
-
-def _are_words(names: Sequence[Any]) -> bool:
-    return len(names) > 0 and all(isinstance(name, str) for name in names)

@@ -19,8 +19,8 @@ REMEDIES = {
 
 def check(key: str, component: Any, dataset: Any, train: Any) -> None:
     """Raises JobError where the dataset that `key` of the job file names has another meaning than that of training."""
-    known = _meanings(train)
-    for name, own in _meanings(dataset).items():
+    known = of(train)
+    for name, own in of(dataset).items():
         if name in known and own != known[name]:
             remedy = REMEDIES.get(component.name, "make them the same")
             raise JobError(
@@ -28,8 +28,8 @@ def check(key: str, component: Any, dataset: Any, train: Any) -> None:
             )
 
 
-def _meanings(dataset: Any) -> dict[str, Any]:
-    """Those that it has, as ints and lists."""
+def of(dataset: Any) -> dict[str, Any]:
+    """Which of MEANINGS a dataset has, as ints and lists."""
     found = {name: _plain(getattr(dataset, name, None)) for name in MEANINGS}
     return {name: value for name, value in found.items() if isinstance(value, int | list)}
 
