@@ -103,6 +103,8 @@ def signals_are_heard() -> None:
     and of tests before it that were ranks themselves and held signals back.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

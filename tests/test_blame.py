@@ -97,6 +97,7 @@ class CompiledError(RuntimeError):
         (OSError("Stale file handle"), False),
         (CompiledError(), False),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), True),
+        (FileNotFoundError(2, "No such file or directory", "vocabulary.txt"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), True),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,7 @@ def built(key: str, name: str, args: dict[str, Any], train: Any = None) -> Any:
         (
             ("text", {"path": "{}/a/text", "context": 4}),
             ("text", {"path": "{}/b/text", "context": 4}),
-            "its alphabet from 0 on are ['d', 'e', 'f'], and there ['a', 'b', 'c']; take both from one file with split",
+            "its alphabet from 0 on are 'def', and there 'abc'; take both from one file with split",
         ),
         (
             ("image_folder", {"root": "{}/a/images"}),
@@ -345,7 +346,7 @@ def built(key: str, name: str, args: dict[str, Any], train: Any = None) -> Any:
         (
             ("table", {"path": "{}/a/table.csv", "target": "y"}),
             ("table", {"path": "{}/b/table.csv", "target": "y"}),
-            "its scales from 0 on are [('size', 4.0, 3.559",
+            "its scales from 0 on are [['size', 4.0, 3.559",
         ),
         (
             ("table", {"path": "{}/a/table.csv", "target": "y", "split": "train"}),
@@ -398,6 +399,36 @@ def test_a_set_whose_numbers_mean_the_same_as_in_training_is_taken(two_of_each: 
     ):
         assert built("data.val", name, others, built("data.train", name, args))
     assert built("data.val", "digits", {}, train=range(9)), "of what training does not say there is nothing to compare"
+
+
+class Knowing(list[Any]):
+    """A user's own."""
+
+    def __init__(self, **known: Any) -> None:
+        super().__init__([(0, 0)])
+        self.__dict__ |= known
+
+
+@pytest.mark.parametrize(
+    ("known", "own", "taken"),
+    [
+        ({"num_classes": 10}, {"num_classes": 9}, True),  # one class does not occur in it
+        ({"num_classes": 9}, {"num_classes": 10}, False),
+        ({"classes": [0, 1]}, {"classes": ["0 - zero", "1 - one"]}, True),
+        ({"classes": ["a", "b"]}, {"classes": ["b", "a"]}, False),
+    ],
+)
+def test_a_set_of_ones_own_may_see_less_and_name_things_otherwise(
+    known: dict[str, Any], own: dict[str, Any], taken: bool
+) -> None:
+    with nullcontext() if taken else pytest.raises(JobError, match="is not like data.train"):
+        built("data.val", f"{__name__}:Knowing", own, Knowing(**known))
+
+
+def test_a_set_is_known_again_by_its_plain_facts_alone() -> None:
+    known = Knowing(num_classes=np.int64(3), input_shape=torch.Size((1, 2)), classes=("a", 1), vocab_size=list.pop)
+    assert datasets.facts(known, 7) == {"samples": 7, "num_classes": 3, "input_shape": [1, 2], "classes": ["a", 1]}
+    assert datasets.facts(Knowing(classes=[object()], num_classes=1.5), 7) == {"samples": 7}
 
 
 def put_text(root: str) -> str:

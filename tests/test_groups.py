@@ -121,7 +121,7 @@ def test_a_checkpoint_that_is_older_than_groups_is_loaded(url: str, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(torch.ones(()), "a Tensor"), (inf, "inf"), ({"a": 1}, "a dict"), ([[1]], "a list")]
+    ("value", "words"), [(torch.ones(2), "a Tensor"), (inf, "inf"), ({"a": 1}, "a dict"), ([[1]], "a list")]
 )
 def test_what_cannot_be_kept_is_refused_before_anything_is_written(url: str, value: Any, words: str) -> None:
     changed = state_of()
@@ -143,6 +143,17 @@ def test_a_list_that_is_changed_in_place_comes_back(url: str) -> None:
     saved.optimizer.param_groups[0]["history"] += [1, "two", None, True]
     save(url, saved)
     assert resumed(url, new()).optimizer.param_groups[0]["history"] == [0.5, 1, "two", None, True]
+
+
+def test_a_tensor_of_one_number_comes_back_as_one(url: str) -> None:
+    def new() -> Any:
+        model = network()
+        return SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1)), step=1)
+
+    saved, fresh = new(), new()
+    saved.optimizer.param_groups[0]["lr"].fill_(0.3)
+    save(url, saved)
+    assert torch.equal(resumed(url, fresh).optimizer.param_groups[0]["lr"], torch.tensor(0.3))
 
 
 def test_learning_rates_that_a_schedule_sets_are_those_of_the_job(url: str) -> None:

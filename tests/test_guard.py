@@ -134,3 +134,20 @@ def test_the_command_goes_with_its_guard(tmp_path: Path) -> None:
     wait_for_starts(tmp_path, 1)
     process.kill()
     process.communicate(timeout=60)  # its end of the pipe is closed only when the command is gone too
+
+
+def test_a_signal_after_the_end_does_nothing_whichever_thread_it_meets() -> None:
+    late = """
+import os, signal, threading, time
+from toolkit.signals import STOPPING, StopSignals, hold_back
+
+hold_back()
+with StopSignals().listening():
+    threading.Thread(target=time.sleep, args=(0.5,)).start()  # hears signals, as threads of a store or a pool do
+for number in STOPPING:
+    os.kill(os.getpid(), number)
+print("completed", flush=True)
+"""
+    command = [sys.executable, "-c", late]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "completed\n"), ended.stderr

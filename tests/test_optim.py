@@ -69,6 +69,20 @@ def schedule_of(name: str, **args: Any) -> Any:
     return build_schedule(Component(name=name, args=args), TOTAL)
 
 
+class Unannotated(torch.optim.Optimizer):
+    """A user's own."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.99)):  # type: ignore[no-untyped-def]
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+
+def test_a_list_of_the_job_file_is_a_tuple_as_python_has_it() -> None:
+    optimizer = optimizer_of(f"{__name__}:Unannotated", nn.Linear(2, 2), lr=0.1, betas=[0.9, 0.95])
+    assert [one["betas"] for one in (optimizer.defaults, *optimizer.param_groups)] == [(0.9, 0.95)] * (
+        1 + len(optimizer.param_groups)
+    )
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize(
     "model", [Cnn((1, 8, 8), 10, width=4), Gpt(50, (16,), layers=1, heads=2, width=8)], ids=["cnn", "gpt"]
@@ -341,7 +355,7 @@ def test_the_shortest_runs_have_factors_too(name: str, total_steps: int) -> None
         (f"{__name__}:broken", {}, "at step 0 raised ZeroDivisionError"),
         *[(name, {"warmup_steps": -5}, "'warmup_steps' is -5") for name in ("constant", "linear", "cosine", "wsd")],
         *[(name, {"final": -3}, "'final' is -3") for name in ("linear", "cosine", "one_cycle", "wsd")],
-        ("cosine_restarts", {"period_steps": 7, "growth": 0, "final": 1.5}, "'growth' is 0(.|\n)*'final' is 1.5"),
+        ("cosine_restarts", {"period_steps": 7, "growth": 0, "final": -1}, "'growth' is 0(.|\n)*'final' is -1"),
         (f"{__name__}:at", {"step": 0, "value": None}, "at step 0 is None; the factor of a learning rate must be"),
         (f"{__name__}:at", {"step": TOTAL // 2, "value": -0.5}, f"at step {TOTAL // 2} is -0.5"),
         (f"{__name__}:at", {"step": TOTAL - 1, "value": 1e999}, f"at step {TOTAL - 1} is inf"),

@@ -127,7 +127,7 @@ def test_a_request_to_stop_is_remembered_though_a_signal_came_in_the_same_second
     trainer: Any = SimpleNamespace(
         state=SimpleNamespace(step=5), agreed={"stop"}, finished=False, ranks=ALONE, total_steps=9, global_batch_size=1
     )
-    ending.ended(digits, "digits", trainer, 9, False, signals, Console(quiet=True))
+    ending.ended(digits, "digits", trainer, lambda step: 0, False, signals, Console(quiet=True))
     assert not digits.wished(STOP)
     assert asked_to_end(digits)
     digits.mark("queued")

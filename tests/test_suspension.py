@@ -22,7 +22,7 @@ READER = """
 import socket, sys
 from toolkit.cluster.link import Link
 print("here", flush=True)
-for message in Link(socket.socket(fileno=int(sys.argv[1])), 2.0).messages():
+for message in Link(socket.socket(fileno=int(sys.argv[1])), 4.0).messages():
     print(message["word"], flush=True)
 """
 
@@ -44,7 +44,7 @@ def test_who_was_suspended_for_longer_than_its_patience_still_listens() -> None:
             assert reader.stdout
             assert reader.stdout.readline() == "here\n"
             reader.send_signal(signal.SIGSTOP)
-            time.sleep(2.5)
+            time.sleep(4.5)
             reader.send_signal(signal.SIGCONT)
             time.sleep(0.3)  # the other end is a node that goes on later
             ours.sendall(b'{"word": "hello"}\n')

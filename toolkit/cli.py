@@ -39,8 +39,10 @@ def train(
 ) -> None:
     """Train here, or resume: the run goes on from its newest checkpoint."""
     from toolkit.run import fresh_url
+    from toolkit.signals import hold_back
     from toolkit.supervisor import says_complete, supervise
 
+    hold_back()  # reading the store and importing torch take seconds
     changes = list(overrides or [])
     config = load_job(job, changes, os.environ)
     if fresh:
@@ -66,9 +68,6 @@ def _ranks_to_start(wanted: int | str) -> int:
 
 def _train_as_rank(config: Job) -> int:
     """Be one rank of a world, or the whole of it. Returns the run's exit status."""
-    from toolkit.signals import hold_back
-
-    hold_back()  # importing torch takes seconds
     from toolkit import session
     from toolkit.distributed import ranks_from
 

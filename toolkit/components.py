@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 from toolkit.errors import JobError, RunError
-from toolkit.secret import Secret, without_secrets
+from toolkit.secret import Secret, as_written
 
 
 def find(kind: str, name: str, registry: Mapping[str, str]) -> Callable[..., Any]:
@@ -61,7 +61,7 @@ def build(
         ours = isinstance(error, JobError | RunError)
         words = f": {error}" if ours else f" with {component.args} raised {_cause(error)}"
         of_kind = RunError if isinstance(error, RunError) else JobError
-        raise of_kind(f"{kind} {component.name!r}{without_secrets(words, component.args)}") from error
+        raise of_kind(f"{kind} {component.name!r}{as_written(words, component.args)}") from error
 
 
 def checked_args(

@@ -50,10 +50,13 @@ def refusal(error: Exception, trainer: Trainer, steps: TrainingSteps) -> Excepti
     return JobError(f"model, data and task do not fit together: {type(error).__name__}: {error}")
 
 
+_OF_A_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # which something named
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether a machine, a network or a store has failed, which may be well at the next start."""
     error = getattr(error, "inner_exception", error)  # torch.compile wraps what fails in its backend
-    if "device-side assert" in str(error):
+    if "device-side assert" in str(error) or isinstance(error, _OF_A_PATH):
         return False
     outside = isinstance(error, OSError | torch.distributed.DistError | torch.AcceleratorError)
     return outside or "gloo/transport/" in str(error) or of_the_machine(str(error))

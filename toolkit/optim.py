@@ -57,6 +57,8 @@ def build_optimizer(
     groups = _groups(trainable, scales, "weight_decay" in accepts)
     offers = {"fused": True} if fused else {}
     optimizer: torch.optim.Optimizer = components.build("optimizer", component, OPTIMIZERS, groups, offers=offers)
+    for values in (optimizer.defaults, *optimizer.param_groups):  # as they are written in Python; YAML has no tuples
+        values.update({key: tuple(values[key]) for key in component.args if isinstance(values.get(key), list)})
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"] * scales.get(id(group["params"][0]), 1.0)
     return optimizer
@@ -169,14 +171,14 @@ def build_schedule(component: Any, total_steps: int) -> Callable[[int], float]:
 def _multiplies(factor: Any) -> bool:
     """Whether a learning rate can be multiplied by it."""
     try:
-        return isfinite(factor) and bool(factor >= 0)
+        return isfinite(factor) and bool(factor > -1e-9)  # a curve down to 0 may end just below it
     except (TypeError, ValueError, OverflowError):
         return False
 
 
 Count = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Factor = Annotated[float, Field(ge=0)]  # of the learning rate
 
 
 def constant(step: int, total_steps: int, warmup_steps: Steps = 0) -> float:
@@ -184,12 +186,12 @@ def constant(step: int, total_steps: int, warmup_steps: Steps = 0) -> float:
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-def linear(step: int, total_steps: int, warmup_steps: Steps = 0, final: Share = 0.0) -> float:
+def linear(step: int, total_steps: int, warmup_steps: Steps = 0, final: Factor = 0.0) -> float:
     """A straight line from 1 down to `final`, after a linear rise over `warmup_steps`."""
     return _warmed(step, warmup_steps, final + (1 - final) * (1 - _progress(step, total_steps, warmup_steps)))
 
 
-def cosine(step: int, total_steps: int, warmup_steps: Steps = 0, final: Share = 0.0) -> float:
+def cosine(step: int, total_steps: int, warmup_steps: Steps = 0, final: Factor = 0.0) -> float:
     """Half a cosine from 1 down to `final` (Loshchilov and Hutter, arXiv:1608.03983), after a linear rise over
     `warmup_steps`.
     """
@@ -197,7 +199,7 @@ def cosine(step: int, total_steps: int, warmup_steps: Steps = 0, final: Share = 
 
 
 def cosine_restarts(
-    step: int, total_steps: int, period_steps: Count, growth: Count = 1, warmup_steps: Steps = 0, final: Share = 0.0
+    step: int, total_steps: int, period_steps: Count, growth: Count = 1, warmup_steps: Steps = 0, final: Factor = 0.0
 ) -> float:
     """SGDR: half a cosine from 1 down to `final`, again and again, after a linear rise over `warmup_steps`.
 
@@ -215,8 +217,8 @@ def one_cycle(
     step: int,
     total_steps: int,
     rise: Annotated[float, Field(gt=0, lt=1)] = 0.3,
-    initial: Share = 0.04,
-    final: Share = 4e-6,
+    initial: Factor = 0.04,
+    final: Factor = 4e-6,
 ) -> float:
     """Half a cosine up from `initial` to 1 over the share `rise` of the run, then one down to `final` at its last step.
 
@@ -235,7 +237,7 @@ def wsd(
     warmup_steps: Steps = 0,
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2,
     shape: Literal["sqrt", "linear"] = "sqrt",
-    final: Share = 0.0,
+    final: Factor = 0.0,
 ) -> float:
     """Warm-up, stable, decay: a linear rise over `warmup_steps`, then 1, then down to `final` over the last share
     `decay` of the run.

@@ -7,6 +7,7 @@ from typing import Any
 
 from toolkit import distributed, optim, pulse, storage
 from toolkit.checkpoint import Archive, Checkpointer, Policy, export
+from toolkit.checkpoint.state import to_plain
 from toolkit.config import Job
 from toolkit.drift import digest
 from toolkit.errors import JobError, RunError
@@ -61,10 +62,14 @@ def checkpoints(
 
 
 def check_beginning(run: Run, job: Job, trainer: Trainer) -> None:
-    """Raises JobError if a run is beyond its job's last step, or a new one is to begin with weights that are not there,
-    or do not fit.
+    """Raises JobError if a run is beyond its job's last step, if its state cannot be saved, or if a new one is to begin
+    with weights that are not there, or do not fit.
     """
     archive = Archive(run.at("checkpoints"))
+    try:
+        to_plain(trainer.state)
+    except RunError as error:
+        raise JobError(str(error)) from error
     _refuse_beyond(run, archive.newest() or 0, trainer.total_steps)
     if job.run.init_from and not archive.folders():
         export.fit(job.run.init_from, trainer.state.model, job.run.init_except)
@@ -110,7 +115,11 @@ def rolling_back(run: Run, job: Job, trainer: Trainer, saves: Checkpoints, say: 
     try:
         yield
     except LostLossError as error:  # on all ranks together
-        _finish(saves)
+        try:
+            _finish(saves)
+        except (RunError, JobError, OSError) as other:
+            say(f"WARNING: {other}")
+            raise error from other
         if job.train.on_nan != "rollback" or error.lost is None:
             raise
         if len(trainer.state.skipped) >= job.train.max_rollbacks:

@@ -21,11 +21,14 @@ class Secret(str):
         return Secret, (str(self), self.written)
 
 
-def without_secrets(words: str, tree: Any) -> str:
+_LEAST = 4  # characters of a secret that is looked for: a shorter one is found everywhere
+
+
+def as_written(words: str, tree: Any) -> str:
     """Words in which each secret of a tree of values stands as it was written, such as what a library says of one."""
     if isinstance(tree, dict | list):
         for node in tree.values() if isinstance(tree, dict) else tree:
-            words = without_secrets(words, node)
-    if isinstance(tree, Secret) and tree:
+            words = as_written(words, node)
+    if isinstance(tree, Secret) and len(tree) >= _LEAST:
         words = re.sub(rf"(?<!\w){re.escape(tree)}(?!\w)", lambda match: tree.written, words)
     return words

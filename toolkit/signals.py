@@ -17,8 +17,17 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def hold_back() -> None:
-    """Let stopping signals wait until `listen`: one that comes while torch is imported is a stop, too, and no crash."""
+    """Let stopping signals wait until `listen`: one that comes while torch is imported is a stop, too, and no crash.
+
+    Once `listening` is over they do nothing: the mask is this thread's, and another may be handed one.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    for number in STOPPING:
+        signal.signal(number, _nothing)  # SIG_IGN would drop those that wait
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def leave_at_once() -> None:

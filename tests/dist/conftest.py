@@ -98,15 +98,14 @@ class Stage:
             lambda: all((self.folder / f"told-{rank}").exists() for rank in ranks), f"stop of ranks {ranks}", process
         )
 
-    def wait_for_save(self, run: str, step: int) -> int:
-        """Until a checkpoint of a step, or of a later one, is whole: saves run beside the loop. Returns its step."""
+    def newest_save(self, run: str) -> int:
+        """The step of the newest whole checkpoint, 0 before the first."""
+        manifests = (self.folder / run / "checkpoints").glob("step-*/manifest.json")
+        return max((int(path.parent.name[5:]) for path in manifests), default=0)
 
-        def newest() -> int:
-            manifests = (self.folder / run / "checkpoints").glob("step-*/manifest.json")
-            return max((int(path.parent.name[5:]) for path in manifests), default=0)
-
-        self.wait_for(lambda: newest() >= step, f"checkpoint of step {step}")
-        return newest()
+    def wait_for_save(self, run: str, step: int) -> None:
+        """Until a checkpoint of a step, or of a later one, is whole: saves run beside the loop."""
+        self.wait_for(lambda: self.newest_save(run) >= step, f"checkpoint of step {step}")
 
     def release(self) -> None:
         for path in self.folder.glob("hold-*"):
@@ -136,9 +135,10 @@ class Stage:
 
     def kill_whole(self, process: "subprocess.Popen[str]") -> None:
         """kill -9 of the command and all below it, as when a machine goes away."""
-        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in everyone:
+        everyone = [psutil.Process(process.pid)]
+        for one in everyone:  # who stands still has no more children
             one.suspend()
+            everyone += one.children()
         for one in everyone:
             one.kill()
         self.end(process, -signal.SIGKILL)

@@ -57,8 +57,9 @@ def test_a_killed_and_resumed_run_ends_bit_equal(
 
     for step in killed_after:
         process = stage.hold(*words, "run.dir=runs/killed", before=step, ranks=range(processes))
-        saved = stage.wait_for_save("runs/killed", step // 5 * 5)
+        stage.wait_for_save("runs/killed", step // 5 * 5)
         stage.kill_whole(process)
+        saved = stage.newest_save("runs/killed")  # that of the best, too, is one, and may have become whole since
         assert stage.place.status("runs/killed")["state"] == "running"  # nobody had time to say anything
     said = stage.run(*words, "run.dir=runs/killed")
 
@@ -92,7 +93,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_written_again(
     words = [*CNN, *options(processes, 0, 24, 1)]
     stage.run(*words, "run.dir=runs/whole")
     process = stage.hold(*words, "run.dir=runs/half", before=11, ranks=range(processes))
-    assert stage.wait_for_save("runs/half", 10) == 10
+    stage.wait_for_save("runs/half", 10)
     stage.kill_whole(process)
     half = stage.folder / "runs/half/checkpoints/step-00000010"
     (half / "manifest.json").unlink()

@@ -43,7 +43,8 @@ class Checkpointer:
 
     A save is whole or it is none, whatever is killed; what is resumed is bit for bit what was saved, on any number of
     ranks: also what the optimizer keeps in its groups, such as a learning rate that was changed, unless it is now built
-    with another default. What counts by itself beside the state, such as a scheduler of torch's, is not saved.
+    with another default. What counts by itself beside the state, such as a scheduler of torch's, is not saved: keep its
+    `state_dict`, and take no steps with it to catch up, for the learning rate is where it was.
 
     The model is the module itself, not DDP's wrapper. `archive` is the URL of a folder, which keeps the newest three,
     or an Archive with a policy of its own. `ranks` default to the process group's, or to a world of one.

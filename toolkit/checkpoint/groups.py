@@ -2,6 +2,7 @@
 
 A value is saved if it is not the optimizer's default, or could have been changed in place. On the way back each is as
 it was; only where the optimizer is built with another default than then, the job has named another value, which stays.
+A list has no default to compare with, as it may have been changed in place, too: it comes back in any case.
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from toolkit.checkpoint.manifest import Group
@@ -31,7 +33,7 @@ def to_groups(state: Any, trained: Mapping[str, nn.Parameter]) -> list[Group]:
     for group in state.optimizer.param_groups:
         own = [names[parameter] for parameter in group["params"] if parameter in names]
         values = {
-            key: value
+            key: _number(value)
             for key, value in group.items()
             if own and key not in left_out and not _is_still(value, defaults.get(key, ...))
         }
@@ -89,7 +91,9 @@ def _value(saved: Group, key: str, defaults: Mapping[str, Any], now: Mapping[str
         return defaults.get(key)
     if key in saved.defaults and _text(saved.defaults[key]) != _text(default):
         return now.get(key)
-    value = saved.values[key]
+    value: Any = saved.values[key]
+    if isinstance(now.get(key), Tensor):
+        return torch.full_like(now[key], value)
     return tuple(value) if isinstance(value, list) and isinstance(now.get(key, default), tuple) else value
 
 
@@ -107,6 +111,11 @@ def _can_be_kept(value: Any) -> bool:
 def _is_lasting(value: Any) -> bool:
     """Whether a value can be kept, and is not one to be changed in place: such a default is no more what it was."""
     return _can_be_kept(value) and isinstance(value, Hashable)
+
+
+def _number(value: Any) -> Any:
+    """A tensor of one number, such as a learning rate for CUDA graphs, as that."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _listed(value: Any) -> Any:

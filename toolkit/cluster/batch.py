@@ -17,9 +17,9 @@ from toolkit.console import say
 from toolkit.errors import JobError
 from toolkit.lock import holder_of
 from toolkit.process import be_subreaper
-from toolkit.run import COMPLETE, Run
+from toolkit.run import Run
 from toolkit.signals import StopSignals, hold_back
-from toolkit.supervisor import Supervisor, asked_to_end, complained
+from toolkit.supervisor import Supervisor, asked_to_end, complained, says_complete
 
 MOST = 3  # times that a job is queued again with no new checkpoint in between
 SAID_S = 300.0  # between two words on a slurmctld that is away when the job is to be queued again
@@ -37,8 +37,7 @@ def supervise(plan: Plan, words: Sequence[str], paths: Sequence[str], environmen
         raise JobError("this is no Slurm job; use toolkit submit, or toolkit train for this machine")
     memory, restarts = Memory(run, job_id), int(environment.get("SLURM_RESTART_COUNT", "0"))
     try:
-        if done := run.completed(plan.job.as_written()):
-            say(f"{done['summary']}\n{COMPLETE}")
+        if says_complete(plan.job):
             return 0
         seen = _seen(plan, paths)
     except OSError as error:  # the store is away, for longer than it is waited for

@@ -11,14 +11,18 @@ from toolkit.errors import JobError
 OF_ONE_MACHINE = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs", "overlay", "aufs"}
 
 
-def refuse_unseen(path: str | None, what: str, shared: Sequence[str], mounts: Sequence[tuple[str, str]] = ()) -> None:
+MOVE = "give one that all nodes see, in your home or on the cluster's scratch space"
+
+
+def refuse_unseen(
+    path: str | None, what: str, shared: Sequence[str], mounts: Sequence[tuple[str, str]] = (), remedy: str = MOVE
+) -> None:
     """Raises JobError if `path` lies on a file system of this machine alone, or in none of the cluster's `shared`
     folders. None, which stands for a remote URL, is seen from everywhere. `mounts` are (folder, type).
     """
     if path is None:
         return
     path = os.path.realpath(path)
-    remedy = "give one that all nodes see, in your home or on the cluster's scratch space"
     if shared and not any(_is_in(path, os.path.realpath(folder)) for folder in shared):
         raise JobError(
             f"{what} {path} is in none of the folders that the cluster profile calls shared ({', '.join(shared)}); "

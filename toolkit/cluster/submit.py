@@ -25,7 +25,7 @@ from toolkit.cluster.guard import keep
 from toolkit.cluster.monitor import local_process
 from toolkit.cluster.plan import Plan
 from toolkit.cluster.queue import ACTIVE
-from toolkit.cluster.shared import refuse_unseen
+from toolkit.cluster.shared import MOVE, refuse_unseen
 from toolkit.config import Job
 from toolkit.config.text import dump
 from toolkit.errors import JobError
@@ -34,6 +34,7 @@ from toolkit.run import CANCEL, COMPLETE, STOP, Run
 
 SUBMITTED = "submitted.json"
 _A_YEAR_MIN = 525600
+_SAME_EVERYWHERE = f"{MOVE}; or, if each node has the same there, name its folder in shared as well"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def check(submission: Submission, only_shown: bool = False) -> list[Plan]:
         refuse_unseen(submission.folder, "scratch", plan.profile.shared)
         refuse_unseen(submission.cwd, "the folder the command runs in", plan.profile.shared)
         is_venv = sys.prefix != sys.base_prefix  # else it may be installed on each node
-        refuse_unseen(sys.prefix, "this Python", plan.profile.shared if is_venv else ())
+        refuse_unseen(sys.prefix, "this Python", plan.profile.shared if is_venv else (), remedy=_SAME_EVERYWHERE)
     for one in submission.plans:
         _refuse_running(Run(one.job.run.dir))
         Run(one.job.run.dir).refuse_drift(one.job.as_written(), {})

@@ -6,7 +6,6 @@ files in errors; what `meaning.MEANINGS` names must be the same for training and
 from the network lists them in `downloads(**args)`.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +70,5 @@ def facts(dataset: Any, samples: int) -> dict[str, Any]:
     """By what a set of so many training samples is known again, as JSON gives it back: with another number of them the
     stream is another, and with other classes the targets are.
     """
-    known = meaning.of(dataset)
-    named = {name: known[name] for name in NAMES if name in known}
-    plain: dict[str, Any] = json.loads(json.dumps({"samples": samples} | shapes(dataset) | named, default=str))
-    return plain
+    named = {name: getattr(dataset, name, None) for name in NAMES}
+    return meaning.plain({"samples": samples} | shapes(dataset) | named)
