@@ -209,16 +209,14 @@ def test_a_requeue_that_is_refused_at_the_time_limit_is_an_error(fake: Fake, mon
 
 
 def test_who_has_a_job_queued_again_waits_for_slurm_as_long_as_it_takes(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake("scontrol", err=AWAY, status=1)
     monkeypatch.setattr(batch, "SAID_S", 0.2)
     back = threading.Timer(1.0, lambda: fake("scontrol", TASK))
     back.start()
     assert batch._requeue("2_0", 0) == slurm.REQUEUED
-    assert (
-        capsys.readouterr().err.count("job 2_0 is to be queued again, and Slurm is waited for: scontrol show job") > 1
-    )
+    assert capfd.readouterr().err.count("job 2_0 is to be queued again, and Slurm is waited for: scontrol show job") > 1
 
 
 def test_commands_that_are_missing_refuse_or_hang_are_told_apart(fake: Fake) -> None:

@@ -58,7 +58,7 @@ def test_it_says_what_it_is(docker: Docker, target: str, request: pytest.Fixture
 
 def test_a_label_that_would_lie_is_no_image(docker: Docker, image: str) -> None:
     with pytest.raises(AssertionError, match="build with --build-arg CUDA="):
-        docker.build("--build-arg", "CUDA=1.2", image=f"{IMAGE}:lie")
+        docker.build("--build-arg", "TORCH=1.2", image=f"{IMAGE}:lie")
     assert not docker("images", "--quiet", f"{IMAGE}:lie")
 
 
