@@ -62,6 +62,7 @@ class Allocation:
             warned=self.warned,
             cancel=partial(_cancel_step, environment["SLURM_JOB_ID"]),
             additions=self.plan.additions,
+            image=self.plan.image,
         )
 
     def after(self, failure: Failure, saved_step: int | None) -> Consequence:

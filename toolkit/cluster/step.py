@@ -54,11 +54,12 @@ class Step:
         warned: Callable[[signal.Signals], None] = lambda number: None,
         cancel: Callable[[str], None] = lambda step: None,
         additions: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda environment: {},
+        image: str | None = None,
     ) -> None:
         self.folder, self.srun, self.hosts, self.paths = folder, list(srun), list(hosts), list(paths)
         self.per_node, self.processes = processes, processes * len(hosts)
         self.patience_s, self.warned, self.cancel = patience_s, warned, cancel
-        self.additions = additions
+        self.additions, self.image = additions, image
         self.nodes: dict[int, Far] = {}
         self.token = secrets.token_hex(32)
         self.process: subprocess.Popen[bytes] | None = None
@@ -253,7 +254,8 @@ class Step:
             log = self.folder / f"torchrun-{node.host}.log"
             if any(node.look.torchruns) and log.exists():
                 return log.read_text(errors="replace")
-        return f"nothing; srun said:\n{self.said_by_srun()}"
+        inside = f" in image {self.image}" if self.image else ""  # srun may end before it has said why that failed
+        return f"nothing{inside}; srun said:\n{self.said_by_srun()}"
 
     def said_by_srun(self) -> str:
         return (self.folder / _LOG).read_text(errors="replace")
