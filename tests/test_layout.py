@@ -72,11 +72,12 @@ MAY_IMPORT = {
     "ending": LEAVES | {"storage", "distributed", "run", "signals", "postmortem", "trainer"},
     "supervisor": LEAVES
     | {"run", "lock", "storage", "config", "signals", "attempt", "node", "stacks", "logs"}
-    | {"watchdog", "postmortem", "verdict"},
+    | {"watchdog", "postmortem", "verdict", "standing"},
+    "standing": LEAVES | {"storage", "config", "run"},
     "verdict": LEAVES | {"attempt", "watchdog", "stacks", "postmortem", "deaths"},
     "cluster": LEAVES
     | {"storage", "config", "run", "lock", "provenance", "signals"}
-    | {"attempt", "node", "postmortem", "supervisor", "logs"},
+    | {"attempt", "node", "postmortem", "supervisor", "standing", "logs"},
 }
 ROOTS = {"session", "cli", "commands", "__init__", "__main__"}
 DOORS = {

@@ -20,7 +20,8 @@ from toolkit.distributed import ALONE
 from toolkit.postmortem import Failure
 from toolkit.run import STOP, Run
 from toolkit.signals import StopSignals
-from toolkit.supervisor import Consequence, Supervisor, asked_to_end
+from toolkit.standing import asked_to_end
+from toolkit.supervisor import Consequence, Supervisor
 from toolkit.verdict import Outcome
 
 AWAY = (2, "run.dir s3://b/x cannot be written: the store is away")

@@ -40,7 +40,8 @@ def train(
     """Train here, or resume: the run goes on from its newest checkpoint."""
     from toolkit.run import fresh_url
     from toolkit.signals import hold_back
-    from toolkit.supervisor import says_complete, supervise
+    from toolkit.standing import says_complete
+    from toolkit.supervisor import supervise
 
     hold_back()  # reading the store and importing torch take seconds
     changes = list(overrides or [])

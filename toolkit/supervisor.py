@@ -2,10 +2,9 @@
 starts them again from the newest checkpoint. Never imports torch.
 """
 
-import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,26 +14,17 @@ from toolkit import node, postmortem, storage, watchdog
 from toolkit.attempt import Attempt, Look
 from toolkit.config import Job
 from toolkit.console import say
-from toolkit.errors import JobError
 from toolkit.lock import holder_of, newest_claim
 from toolkit.logs import KeptLogs
 from toolkit.postmortem import AGAIN, Failure
 from toolkit.process import be_subreaper
-from toolkit.run import CANCEL, COMPLETE, STOP, Run
+from toolkit.run import Run
 from toolkit.signals import StopSignals
+from toolkit.standing import ENDS, asked_to_end, complained
 from toolkit.verdict import WELL, Outcome, in_words, of_death, of_hang, of_lost
 
-_ENDS = ("completed", "preempted", "cancelled")  # what rank 0 says of a start in which nothing has failed
 _POLL_S = 0.1
 _SUSPENDED_S = 5.0  # between two looks, if all of this has stood still: nobody is late for that
-
-
-def says_complete(job: Job) -> bool:
-    """Whether the job's run has already done all that the job asks for; then says so."""
-    done = Run(job.run.dir).completed(job.as_written())
-    if done:
-        say(f"{done['summary']}\n{COMPLETE}")
-    return done is not None
 
 
 def supervise(job: Job, words: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
@@ -248,7 +238,7 @@ class Supervisor:
         with complained():
             status = self.directory.status() or {}
             # This attempt may have ended in words, and then something of it has died.
-            if status.get("attempt") != number or status.get("state") not in _ENDS:
+            if status.get("attempt") != number or status.get("state") not in ENDS:
                 self.directory.mark("failed", reason=failure.line, exit=failure.exit)
         with complained():
             saved_step = self.directory.newest_checkpoint()
@@ -282,22 +272,3 @@ class Supervisor:
         self.restarts += 1
         begin = "from the beginning" if saved_step is None else f"from the checkpoint of step {saved_step}"
         return True, f"starting again {begin} (restart {self.restarts} of {self.max_restarts})"
-
-
-def asked_to_end(run: Run) -> bool:
-    """Whether somebody wants an end of the run, or got one from its last start, which takes the request away."""
-    with complained():
-        if any(storage.exists(run.at("requests", wish)) for wish in (STOP, CANCEL)):
-            return True
-        status = run.status() or {}
-        return status.get("state") in _ENDS and bool(status.get("asked"))
-    return False
-
-
-@contextlib.contextmanager
-def complained() -> Iterator[None]:
-    """A store that is away keeps no failure from being told on the console, nor the run from being started again."""
-    try:
-        yield
-    except (OSError, JobError) as error:
-        say(f"WARNING: {error}", error=True)

@@ -19,7 +19,8 @@ from toolkit.lock import holder_of
 from toolkit.process import be_subreaper
 from toolkit.run import Run
 from toolkit.signals import StopSignals, hold_back
-from toolkit.supervisor import Supervisor, asked_to_end, complained, says_complete
+from toolkit.standing import asked_to_end, complained, says_complete
+from toolkit.supervisor import Supervisor
 
 MOST = 3  # times that a job is queued again with no new checkpoint in between
 SAID_S = 300.0  # between two words on a slurmctld that is away when the job is to be queued again
